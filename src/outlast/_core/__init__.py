@@ -1,0 +1,1 @@
+"""What two rooms or more share: small mathematics, files, results, annotations. Nothing here is public."""

@@ -1,0 +1,1 @@
+"""Know your network and your data: measurements that change nothing."""

@@ -1,0 +1,149 @@
+"""What a cell gets besides its configuration, and the one training loop of all studies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from outlast._core import _random
+from outlast._core._extras import require
+from outlast._core._foreach import whole
+from outlast.errors import DivergedError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Report = Callable[[int, int, float], None]
+
+
+class Context:
+    """Devices, random streams and progress of one cell.
+
+    Attributes:
+        seed: the cell's seed.
+        fabric: Lightning Fabric, launched.
+    """
+
+    def __init__(self, seed: int, launch: Mapping[str, Any], report: Report) -> None:
+        fabric_module = require("lightning_fabric", extra="train", purpose="the training loop of studies")
+        self.seed = seed
+        self.sharded = launch["strategy"] == "fsdp"
+        strategy: Any = launch["strategy"]
+        if self.sharded:
+            strategies = require("lightning_fabric.strategies", extra="train", purpose="--strategy fsdp")
+            strategy = strategies.ModelParallelStrategy(_shard, data_parallel_size=launch["devices"], tensor_parallel_size=1)
+        self.fabric: Fabric = fabric_module.Fabric(
+            accelerator=launch["accelerator"], devices=launch["devices"], precision=launch["precision"], strategy=strategy
+        )
+        self.fabric.launch()
+        self._report = report
+
+    def generator(self, name: str, index: int = 0) -> torch.Generator:
+        """A generator that is a function of (seed, name, index): arms of one seed draw the same data, order and start."""
+        return _random.generator(self.seed, name, index)
+
+    def initialise(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Build a model with an initialisation that is a function of the seed, leaving torch's generator alone."""
+        with torch.random.fork_rng():
+            torch.manual_seed(_random.derived_seed(self.seed, "initialisation"))
+            return build()
+
+    def train(
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        epochs: int,
+        batch_size: int,
+        micro_batch: int | None = None,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        after_epoch: Callable[[nn.Module, int], None] | None = None,
+        max_steps: int | None = None,
+    ) -> nn.Module:
+        """Train with a cosine schedule that ends at zero, and return the wrapped model.
+
+        Every epoch goes through a fresh permutation and drops the incomplete last batch. With several devices each takes
+        an equal share of every batch. Each update is one ``optimizer.step(closure)``, or ``step([closures])`` over
+        ``micro_batch`` samples each, for optimizers that take such.
+
+        Raises:
+            DivergedError: an epoch's loss is not finite.
+        """
+        fabric = self.fabric
+        model = fabric.setup_module(model)
+        optimizer: Any = fabric.setup_optimizers(make_optimizer(model))
+        images, labels = images.to(fabric.device), labels.to(fabric.device)
+        steps_per_epoch = len(images) // batch_size
+        total = epochs * steps_per_epoch
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, total)
+        share = batch_size // fabric.world_size
+        done = 0
+        for epoch in range(epochs):
+            model.train()
+            order = torch.randperm(len(images), generator=self.generator("order", epoch)).to(fabric.device)
+            stream = self.generator("augmentation", epoch)
+            loss_sum = torch.zeros((), device=fabric.device)
+            for step in range(steps_per_epoch):
+                start = step * batch_size + fabric.global_rank * share
+                index = order[start : start + share]
+                batch = images[index] if augment is None else augment(images[index], stream)
+                closures = self._closures(model, optimizer, batch, labels[index], loss_fn, micro_batch)
+                loss = optimizer.step(closures[0] if micro_batch is None else closures)
+                schedule.step()
+                loss_sum += loss.detach()
+                done += 1
+                if done == max_steps:
+                    return model
+            mean = float(loss_sum) / steps_per_epoch
+            if not mean < float("inf"):
+                raise DivergedError(f"the training loss is {mean} after epoch {epoch + 1}")
+            if after_epoch is not None:
+                after_epoch(model, epoch)
+            self._report(epoch + 1, epochs, mean)
+        return model
+
+    def _closures(
+        self, model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], size: int | None
+    ) -> list[Callable[[], Tensor]]:
+        pieces = [(images, labels)] if size is None else list(zip(images.split(size), labels.split(size), strict=True))
+
+        def closure_of(x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_fn(model(x), y) * (len(y) / len(labels))
+                self.fabric.backward(loss)
+                return loss
+
+            return closure
+
+        return [closure_of(x, y) for x, y in pieces]
+
+    def plain(self, model: nn.Module) -> nn.Module:
+        """The module without Fabric's wrappers; of a sharded one a copy with whole parameters, for measurements."""
+        module: nn.Module = getattr(model, "module", model)
+        if not self.sharded:
+            return module
+        bare = copy.deepcopy(module).to_empty(device=self.fabric.device)
+        values = {name: whole(value) for name, value in module.state_dict().items()}
+        for name, parameter in list(bare.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(bare.get_submodule(owner), leaf, nn.Parameter(torch.empty_like(whole(parameter))))
+        bare.load_state_dict(values)
+        return bare
+
+
+def _shard(model: nn.Module, mesh: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            fully_shard(module, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model

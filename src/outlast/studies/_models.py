@@ -1,0 +1,77 @@
+"""The small networks that studies train."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """A multilayer perceptron with ReLU on flattened inputs; ``widths`` from the input to the logits."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions; the shortcut takes every second pixel and pads channels with zeros where shapes change."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self._stride = stride
+        self._extra = (width - width_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = F.pad(x[:, :, :: self._stride, :: self._stride], (0, 0, 0, 0, self._extra, self._extra))
+        return F.relu(out + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """The residual network for 32x32 images of He et al., 2016, with parameter-free shortcuts.
+
+    ``depth`` is 20, 32, 44, 56 or 110: ``6 n + 2`` layers in three stages of 16, 32 and 64 channels.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10) -> None:
+        super().__init__()
+        if depth % 6 != 2:
+            raise ValueError(f"depth must be 6 n + 2, got {depth}")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
+        self.linear = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(width_in: int, width: int, stride: int, blocks: int) -> nn.Sequential:
+        return nn.Sequential(_Block(width_in, width, stride), *(_Block(width, width, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape ``(n, num_classes)``."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, chunk: int = 2500) -> float:
+    """Per cent of images that a model in eval mode classifies as labelled; the model's mode is left as it was."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(chunk), labels.split(chunk), strict=True))
+    model.train(training)
+    return 100.0 * hits / len(labels)

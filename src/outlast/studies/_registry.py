@@ -1,0 +1,49 @@
+"""The studies of the package, and those of users by ``module:NAME``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+from outlast.studies._design import Study
+
+# One line a study, in the order in which the demo runs them.
+_STUDIES = {
+    "sam": "outlast.studies.sam:STUDY",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of the package's studies."""
+    return tuple(_STUDIES)
+
+
+def get(name: str) -> Study:
+    """A study by its name, or a user's own by ``module:NAME`` (looked for in the current folder too).
+
+    Raises:
+        ValueError: unknown; the message lists the known ones and the nearest.
+    """
+    if ":" in name:
+        return _from_module(name)
+    if name not in _STUDIES:
+        near = difflib.get_close_matches(name, _STUDIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown study {name!r}{hint} Known: {', '.join(_STUDIES)}. Your own: module:NAME")
+    return _from_module(_STUDIES[name])
+
+
+def _from_module(origin: str) -> Study:
+    module_name, _, attribute = origin.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # the console script, unlike ``python -m``, does not look in the current folder
+        sys.path.insert(0, here)
+    try:
+        study = getattr(importlib.import_module(module_name), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"no study at {origin!r}: {error}") from error
+    if not isinstance(study, Study):
+        raise ValueError(f"{origin!r} is a {type(study).__name__}, not a Study")
+    return study

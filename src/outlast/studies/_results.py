@@ -1,0 +1,46 @@
+"""Finished cells of one part, as claims and figures read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from outlast.studies._grid import row_name
+
+
+class Missing(LookupError):
+    """A claim or figure asks for a cell that is not finished."""
+
+
+class Results:
+    """Metrics and series by arm, seed and setting. The first setting of the scale is the default one."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], settings: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> None:
+        self._records = {(row_name(r["setting"], r["arm"]), int(r["seed"])): r for r in records}
+        self.settings = tuple(settings)
+        self.arms = tuple(arms)
+        self.seeds = tuple(seeds)
+
+    def value(self, arm: str, metric: str, seed: int, setting: str | None = None) -> float:
+        """One cell's metric."""
+        return float(self._record(arm, seed, setting)["metrics"][metric])
+
+    def values(self, arm: str, metric: str, setting: str | None = None) -> list[float]:
+        """A metric over the seeds whose cells are finished."""
+        row = row_name(self.settings[0] if setting is None else setting, arm)
+        return [float(self._records[row, seed]["metrics"][metric]) for seed in self.seeds if (row, seed) in self._records]
+
+    def series(self, arm: str, name: str, seed: int, setting: str | None = None) -> list[float]:
+        """One cell's curve."""
+        return [float(value) for value in self._record(arm, seed, setting)["series"][name]]
+
+    def has(self, arm: str, setting: str | None = None) -> bool:
+        """Whether any cell of the arm is finished."""
+        row = row_name(self.settings[0] if setting is None else setting, arm)
+        return any((row, seed) in self._records for seed in self.seeds)
+
+    def _record(self, arm: str, seed: int, setting: str | None) -> Mapping[str, Any]:
+        row = row_name(self.settings[0] if setting is None else setting, arm)
+        if (row, seed) not in self._records:
+            raise Missing(f"{row} with seed {seed} is not finished")
+        return self._records[row, seed]

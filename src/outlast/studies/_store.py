@@ -1,0 +1,135 @@
+"""Results on disk: one whole JSON file a cell, checked when read, locked while computed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from outlast._core._files import write_whole
+from outlast.errors import DamagedFileError
+from outlast.studies._grid import Cell, Launch, Plan, canonical
+
+FORMAT = "outlast.cell"
+Record = dict[str, Any]
+
+
+class Store:
+    """The folder of one study at one scale.
+
+    ``notify`` gets one line for each damaged file that is set aside.
+    """
+
+    def __init__(self, root: Path, study: str, scale: str, notify: Callable[[str], None]) -> None:
+        self.folder = root / study / scale
+        self._notify = notify
+
+    def path(self, cell: Cell) -> Path:
+        """Where a cell's result lies."""
+        return self.folder / cell.part / cell.file_name
+
+    def prepare(self, plan: Plan) -> None:
+        """Make the folder and write the manifest, so that an unwritable place is known before any work.
+
+        Raises:
+            OSError: the folder cannot be made or written.
+        """
+        content = {"format": "outlast.run", "version": 1, **asdict(plan)}
+        write_whole(self.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
+
+    def read(self, cell: Cell) -> Record | None:
+        """A finished cell's record; None if there is none that can be trusted.
+
+        A file that is not whole or not what it says is set aside beside itself (never deleted) and reported.
+        """
+        path = self.path(cell)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return self._checked(data, cell)
+        except (ValueError, KeyError, TypeError, DamagedFileError) as error:
+            aside = _free_name(path.with_suffix(".damaged"))
+            path.rename(aside)
+            self._notify(f"damaged result set aside as {aside} ({error}); the cell is computed again")
+            return None
+
+    def _checked(self, data: bytes, cell: Cell) -> Record:
+        record = json.loads(data)
+        if not isinstance(record, dict):
+            raise DamagedFileError("not a JSON object")
+        record = cast("Record", record)
+        digest = record.pop("digest", None)
+        if digest != _digest(record):
+            raise DamagedFileError("its checksum does not fit")
+        if record.get("format") != FORMAT or record["key"] != cell.key:
+            raise DamagedFileError("it belongs to another cell")
+        return record
+
+    def write(self, cell: Cell, record: Mapping[str, Any]) -> Record:
+        """Keep a finished cell: whole or not at all.
+
+        Raises:
+            OSError: the disk is full or the folder not writable; earlier results are untouched.
+        """
+        content: Record = {"format": FORMAT, "version": 1, "key": cell.key, **asdict(cell), **record}
+        data = json.dumps({**content, "digest": _digest(content)}, indent=1, allow_nan=False)
+        write_whole(self.path(cell), (data + "\n").encode())
+        return content
+
+    @contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Whether this process may compute the cell now; a lock that dies with the process keeps others off it."""
+        locks = self.folder / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        path = locks / cell.key[:20]
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+
+
+def read_plan(folder: Path) -> Plan:
+    """The manifest of a run folder.
+
+    Raises:
+        DamagedFileError: it cannot be read.
+    """
+    path = folder / "run.json"
+    try:
+        content = json.loads(path.read_bytes())
+        return Plan(
+            study=content["study"],
+            scale=content["scale"],
+            seeds=int(content["seeds"]),
+            parts=tuple(content["parts"]),
+            overrides=content["overrides"],
+            launch=Launch(**content["launch"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{path} is no manifest of a run ({error})") from error
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(record).encode()).hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate
