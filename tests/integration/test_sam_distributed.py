@@ -25,37 +25,24 @@ def halves(**options):
     return model
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return in_processes(ddp_run, tmp_path_factory.mktemp("ddp"))
-
-
 def loaded(weights):
     model = mlp()
     model.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
     return model
 
 
-@pytest.mark.parametrize("name", ["local", "global", "local inner", "local two-call"])
-def test_ranks_hold_identical_weights(ranks, name):
-    assert same(ranks[0][name], ranks[1][name])
-
-
-@pytest.mark.parametrize("name", ["local", "local two-call"])
-def test_local_perturbations_equal_one_process_with_parts_of_half_the_batch(ranks, name):
-    one = mlp()
+def test_data_parallel_ranks_agree_and_equal_one_process(tmp_path):
+    first, second = in_processes(ddp_run, tmp_path)
+    for name in first:
+        assert same(first[name], second[name]), name
+    in_parts = mlp()
     parts = [list(zip(x.chunk(2), y.chunk(2), strict=True)) for x, y in batches(3)]
-    train_by_hand(one, parts, rho=0.3, lr=0.5, momentum=0.9)
-    assert farthest(loaded(ranks[0][name]), one) < 1e-6
-    assert farthest(one, alone()[0]) > 1e-4  # or the test could not tell
-
-
-def test_local_perturbations_of_several_steps_equal_micro_batches(ranks):
-    assert farthest(loaded(ranks[0]["local inner"]), halves(inner_steps=2)) < 1e-6
-
-
-def test_global_perturbation_equals_one_process_with_the_whole_batch(ranks):
-    assert farthest(loaded(ranks[0]["global"]), alone()[0]) < 1e-6
+    train_by_hand(in_parts, parts, rho=0.3, lr=0.5, momentum=0.9)
+    assert farthest(in_parts, alone()[0]) > 1e-4  # or the test could not tell
+    assert farthest(loaded(first["local"]), in_parts) < 1e-6
+    assert farthest(loaded(first["local two-call"]), in_parts) < 1e-6
+    assert farthest(loaded(first["local inner"]), halves(inner_steps=2)) < 1e-6
+    assert farthest(loaded(first["global"]), alone()[0]) < 1e-6
 
 
 def test_sharded_parameters_train_as_in_one_process_and_refuse_local(tmp_path):

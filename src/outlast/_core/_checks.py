@@ -6,7 +6,9 @@ import math
 from numbers import Integral, Real
 
 
-def real(name: str, value: object, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False, infinite: bool = False) -> float:
+def real(
+    name: str, value: object, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False, infinite: bool = False
+) -> float:
     """Return ``value`` as a float, or raise naming the argument, the value and the accepted range.
 
     Raises:

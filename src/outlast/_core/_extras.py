@@ -21,5 +21,5 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingExtraError(
-            f"{purpose} needs the package {package!r}, which is not installed; install it with: pip install \"outlast[{extra}]\""
+            f'{purpose} needs the package {package!r}, which is not installed; install it with: pip install "outlast[{extra}]"'
         ) from error

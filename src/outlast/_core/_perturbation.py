@@ -75,9 +75,7 @@ def weight_scaling(weight: Tensor, eta: float) -> Tensor:
     return weight.detach().abs().add_(eta)
 
 
-def ball_step(
-    grads: Sequence[Tensor], scalings: Sequence[Tensor | None], p: float
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def ball_step(grads: Sequence[Tensor], scalings: Sequence[Tensor | None], p: float) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Steepest ascent in scaled coordinates.
 
     Returns:

@@ -274,10 +274,7 @@ class _Hessian:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """``H v``, shape ``(size,)``."""
-        parts = [
-            piece.view_as(w)
-            for piece, w in zip(vector.split([w.numel() for w in self._parameters]), self._parameters, strict=True)
-        ]
+        parts = [piece.view_as(w) for piece, w in zip(vector.split([w.numel() for w in self._parameters]), self._parameters, strict=True)]
         result = torch.zeros_like(vector)
         for batch in self._batches:
             with torch.enable_grad():

@@ -21,9 +21,7 @@ class RandomState:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._cpu = torch.get_rng_state()
         devices = {tensor.device for tensor in tensors} - {torch.device("cpu")}
-        self._devices = [
-            (device, torch.get_device_module(device).get_rng_state(device)) for device in devices if device.type != "meta"
-        ]
+        self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices if device.type != "meta"]
 
     def restore(self) -> None:
         """Put the generators back to the kept state."""

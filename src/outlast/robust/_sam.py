@@ -214,7 +214,9 @@ class SAM(Optimizer):
         self._names = {parameter: name for name, parameter in model.named_parameters()} if model is not None else {}
         self._perturb_choice = perturb if callable(perturb) else _checks.choice("perturb", perturb, ("all", "norm", "no_norm"))
         if model is None and self._perturb_choice in ("norm", "no_norm"):
-            raise ValueError(f"perturb={perturb!r} needs the model to tell normalisation layers apart: SAM(base, model, perturb={perturb!r})")
+            raise ValueError(
+                f"perturb={perturb!r} needs the model to tell normalisation layers apart: SAM(base, model, perturb={perturb!r})"
+            )
         modules = [] if model is None else [module for module in model.modules() if is_norm_layer(module)]
         self._in_norm = {parameter for module in modules for parameter in module.parameters(recurse=False)}
         self._now = _Progress()
@@ -651,7 +653,9 @@ class SAM(Optimizer):
         rho = sorted({group["rho"] for group in groups})
         adaptive = any(group["adaptive"] for group in groups)
         shown = f"{rho[0]:g}" if len(rho) == 1 else f"{rho[0]:g} to {rho[-1]:g}"
-        return f"SAM({type(self.base).__name__}, rho={shown}, p={self._p:g}, adaptive={adaptive}, every={self._every}, groups={len(groups)})"
+        return (
+            f"SAM({type(self.base).__name__}, rho={shown}, p={self._p:g}, adaptive={adaptive}, every={self._every}, groups={len(groups)})"
+        )
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -717,4 +721,3 @@ def _check_base(base: object) -> None:
     taken = sorted({"rho", "adaptive", "eta"} & set(base.defaults))
     if taken:
         raise UnsupportedError(f"{type(base).__name__} has a setting named {', '.join(taken)} in its groups, where SAM keeps its own")
-

@@ -24,7 +24,12 @@ def compute(cell: Cell, report: Report) -> dict[str, Any]:
 
     # torch's own launcher starts one process a device and sets the variables from which Fabric finds its rank.
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=cell.launch["devices"], rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=cell.key[:12]
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=cell.launch["devices"],
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=cell.key[:12],
     )
     return elastic_launch(config, _compute_here)(cell, None)[0]
 

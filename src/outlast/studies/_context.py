@@ -110,7 +110,13 @@ class Context:
         return model
 
     def _closures(
-        self, model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], size: int | None
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        images: Tensor,
+        labels: Tensor,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        size: int | None,
     ) -> list[Callable[[], Tensor]]:
         pieces = [(images, labels)] if size is None else list(zip(images.split(size), labels.split(size), strict=True))
 

@@ -111,7 +111,7 @@ def _in_process(missing: list[Cell], store: Store, result: Run, progress: Progre
                     record = store.write(cell, compute(cell, lambda e, n, loss, c=cell: progress.epoch(c, e, n, loss)))
                 except OSError:
                     raise
-                except Exception as error:  # noqa: BLE001 - one failing cell must not take the others along
+                except Exception as error:
                     result.failed.append((cell, f"{type(error).__name__}: {error}"))
                     progress.cell_failed(cell, error)
                     missing.remove(cell)
@@ -172,7 +172,9 @@ class _RayWorkers:
             if len(running) == self._workers or all(any(c is o for o, _ in running.values()) for c in missing):
                 self._await_one(ray, running, missing, store, result, progress)
 
-    def _await_one(self, ray: Any, running: dict[Any, tuple[Cell, ExitStack]], missing: list[Cell], store: Store, result: Run, progress: Progress) -> None:
+    def _await_one(
+        self, ray: Any, running: dict[Any, tuple[Cell, ExitStack]], missing: list[Cell], store: Store, result: Run, progress: Progress
+    ) -> None:
         done, _ = ray.wait(list(running), num_returns=1)
         cell, lock = running.pop(done[0])
         with lock:

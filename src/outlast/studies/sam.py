@@ -41,12 +41,12 @@ class LabelNoise(Settings):
     m: int | None = Field(default=None, ge=1)
     spectrum_samples: int = Field(default=4000, ge=1)
     spectrum_iterations: int = Field(default=20, ge=1)
+    evaluations: int = Field(default=40, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
 
 
 def cell(config: LabelNoise, seed: int, context: Context) -> Outcome:
     """Train on noisy labels, test on clean ones, measure the curvature at the end."""
-    import torch
     import torch.nn.functional as F
 
     from outlast.diagnose.sharpness import hessian_spectrum
@@ -57,17 +57,24 @@ def cell(config: LabelNoise, seed: int, context: Context) -> Outcome:
     device = context.fabric.device
     test_images, test_labels = test_images.to(device), test_labels.to(device)
     curve: list[float] = []
+    epochs = config.epochs * config.epoch_factor
+    every = max(1, epochs // config.evaluations)
+
+    def evaluate(module: nn.Module, epoch: int) -> None:
+        if (epoch + 1) % every == 0:
+            curve.append(accuracy(module, test_images, test_labels))
+
     model = context.train(
         context.initialise(lambda: _build(config, images.shape[1:])),
         lambda module: _optimizer(config, module, sharded=context.sharded),
         images,
         noisy,
         loss_fn=F.cross_entropy,
-        epochs=config.epochs * config.epoch_factor,
+        epochs=epochs,
         batch_size=config.batch_size,
         micro_batch=config.m,
         augment=_crop_and_flip if config.augment else None,
-        after_epoch=lambda module, _epoch: curve.append(accuracy(module, test_images, test_labels)),
+        after_epoch=evaluate,
         max_steps=config.max_steps,
     )
     bare = context.plain(model)
@@ -83,12 +90,10 @@ def cell(config: LabelNoise, seed: int, context: Context) -> Outcome:
         probes=2,
     )
     final = accuracy(bare, test_images, test_labels)
-    with torch.no_grad():
-        train_accuracy = accuracy(bare, images, noisy)
     metrics = {
         "final": final,
         "best": max([*curve, final]),
-        "train": train_accuracy,
+        "train": accuracy(bare, images, noisy),
         "lambda_max": float(spectrum.eigenvalues[0]),
     }
     return Outcome(metrics, {"test accuracy": curve})
@@ -165,7 +170,9 @@ def _curvature_ratio(results: Results, seed: int) -> float:
 
 
 def _mean_curve(results: Results, arm: str) -> list[float]:
-    curves = [results.series(arm, "test accuracy", seed) for seed in results.seeds if len(results.values(arm, "final")) == len(results.seeds)]
+    curves = [
+        results.series(arm, "test accuracy", seed) for seed in results.seeds if len(results.values(arm, "final")) == len(results.seeds)
+    ]
     return [sum(values) / len(values) for values in zip(*curves, strict=True)]
 
 
@@ -292,9 +299,9 @@ _PART = Part(
         "quick": Scale(
             arms=("sgd", "sgd-2x", "sam-0.1", "sam-0.1-m32"),
             settings=(Setting("", "40 % of the labels redrawn"),),
-            changes={"variant": "small", "train_size": 2000},
+            changes={"variant": "small", "train_size": 2000, "epochs": 30, "evaluations": 10, "spectrum_iterations": 12},
             data=(("fashion-mnist", "small"),),
-            dropped="half of the training images, other radii, ASAM, other noise levels",
+            dropped="half of the training images, a quarter of the epochs, other radii, ASAM, other noise levels",
             minutes=1,
         ),
         "standard": Scale(

@@ -1,0 +1,37 @@
+# Every target does its own set-up on a bare Debian or Ubuntu with Python 3.11 or later.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs bench clean
+SHELL := /bin/bash
+BIN := .venv/bin
+DEV := cli,train,vision,report,cluster,peers,dev
+OUT ?= runs/demo
+
+help: ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+demo: ## Run every study at quick scale and write one report
+	@tools/setup.sh cli,train,report
+	@$(BIN)/outlast demo --out $(OUT)
+
+test: ## Run the tests
+	@tools/setup.sh $(DEV)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered \
+	  --jaxtyping-packages=outlast.robust,outlast.diagnose,outlast._core,outlast.data,beartype.beartype $(ARGS)
+
+lint: ## Check style, types and the direction of imports
+	@tools/setup.sh $(DEV)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
+	@$(BIN)/lint-imports
+
+docs: ## Build the documentation into site/
+	@tools/setup.sh docs
+	@$(BIN)/zensical build --clean --strict
+
+bench: ## Measure against the named peers and write benchmarks/results/
+	@tools/setup.sh $(DEV)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+clean: ## Remove what make made, results excepted
+	rm -rf .venv site dist .pytest_cache .ruff_cache .coverage

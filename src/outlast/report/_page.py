@@ -1,0 +1,74 @@
+"""The page: a scoreboard, then a section for each study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from outlast import __version__
+from outlast._core._extras import require
+from outlast._core._files import write_whole
+from outlast.report._figures import draw
+from outlast.studies._statistics import Interval
+from outlast.studies._summary import JudgedClaim, Summary
+
+_FOLDER = Path(__file__).parent
+
+
+def render(summaries: Sequence[Summary]) -> str:
+    """The whole page as text. Everything that comes from data is escaped.
+
+    Raises:
+        MissingExtraError: Jinja2 or matplotlib (extra ``report``) is missing.
+    """
+    jinja2: Any = require("jinja2", extra="report", purpose="a report")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["number"] = _number
+    environment.filters["bounds"] = _bounds
+    environment.filters["effect"] = _effect
+    figures = {
+        (number, part.name, figure.name): {
+            "svg": environment.filters["safe"](draw(figure, part.results, identity=f"s{number}-{part.name}-{figure.name}")),
+            "alt": figure.alt(part.results),
+        }
+        for number, summary in enumerate(summaries)
+        for part in summary.parts
+        for figure in part.figures
+    }
+    return environment.get_template("page.html.jinja").render(
+        summaries=summaries,
+        figures=figures,
+        style=environment.filters["safe"]((_FOLDER / "page.css").read_text()),
+        version=__version__,
+    )
+
+
+def write_report(summaries: Sequence[Summary], path: Path) -> None:
+    """Write the page, whole or not at all: a browser may reload it while a demo runs.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    write_whole(path, render(summaries).encode())
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _bounds(value: Interval, digits: int) -> str:
+    if value.low is None or value.high is None:
+        return "no interval"
+    return f"{_number(value.low, digits)} to {_number(value.high, digits)}"
+
+
+def _effect(judged: JudgedClaim) -> str:
+    if judged.measured is None:
+        return judged.reason or "not measured"
+    claim = judged.claim
+    unit = f" {claim.unit}" if claim.unit else ""
+    text = f"{_number(judged.measured.mean, claim.digits)}{unit} ({_bounds(judged.measured, claim.digits)})"
+    return f"{text}; {judged.reason}" if judged.reason else text
