@@ -28,9 +28,7 @@ def mlp(*, seed: int = 0, norm: bool = False, dropout: float = 0.0, dtype: torch
 
 def batches(count: int, *, size: int = 8, seed: int = 1, dtype: torch.dtype = torch.float32) -> list[Batch]:
     rng = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(size, 4, generator=rng).to(dtype), torch.randint(0, 3, (size,), generator=rng)) for _ in range(count)
-    ]
+    return [(torch.randn(size, 4, generator=rng).to(dtype), torch.randint(0, 3, (size,), generator=rng)) for _ in range(count)]
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

@@ -36,7 +36,7 @@ SETS = {
 
 
 def read_idx(path: Path) -> tuple[np.ndarray, str]:
-    data = lzma.open(path).read()
+    data = lzma.decompress(path.read_bytes())
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3])]
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape), hashlib.sha256(data).hexdigest()
 

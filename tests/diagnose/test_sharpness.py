@@ -61,7 +61,7 @@ def test_more_steps_find_the_worst_point_of_a_quadratic():
     worst = float((0.5 * (points * (A @ points)).sum(0)).max()) - float(model(torch.ones(1)).detach())
     one, many = (sharpness(model, value, ONES, rho=0.5, steps=n).value for n in (1, 400))
     assert one < 0.5 * worst
-    assert many == pytest.approx(worst, rel=1e-3)
+    assert 0.98 * worst < many <= worst
 
 
 @pytest.mark.parametrize(("p", "q"), [(1.0, math.inf), (3.0, 1.5), (math.inf, 1.0)])
@@ -210,7 +210,9 @@ def test_bound_is_the_formula():
     assert sam_bound(**BOUND) == pytest.approx(0.1 + math.sqrt(inside / (n - 1)), rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "values", "sign"), [("rho", [0.01, 0.05, 0.5], -1), ("k", [10, 1000, 10**6], 1), ("n", [10**4, 10**6], -1)])
+@pytest.mark.parametrize(
+    ("name", "values", "sign"), [("rho", [0.01, 0.05, 0.5], -1), ("k", [10, 1000, 10**6], 1), ("n", [10**4, 10**6], -1)]
+)
 def test_bound_falls_with_the_radius_and_grows_with_the_weights(name, values, sign):
     bounds = [sam_bound(**{**BOUND, name: v}) for v in values]
     assert bounds == sorted(bounds, reverse=sign < 0)
@@ -219,7 +221,16 @@ def test_bound_falls_with_the_radius_and_grows_with_the_weights(name, values, si
 
 @pytest.mark.parametrize(
     "bad",
-    [{"perturbed_loss": -0.1}, {"perturbed_loss": 1.1}, {"w_norm_sq": -1.0}, {"k": 0}, {"n": 1}, {"rho": 0.0}, {"delta": 0.0}, {"delta": 2.0}],
+    [
+        {"perturbed_loss": -0.1},
+        {"perturbed_loss": 1.1},
+        {"w_norm_sq": -1.0},
+        {"k": 0},
+        {"n": 1},
+        {"rho": 0.0},
+        {"delta": 0.0},
+        {"delta": 2.0},
+    ],
     ids=str,
 )
 def test_bound_refuses_values_out_of_range(bad):

@@ -298,7 +298,13 @@ def test_trainer_trains_a_tiny_bert(tmp_path):
         pass
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, gradient_accumulation_steps=2
+        output_dir=str(tmp_path),
+        max_steps=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_accumulation_steps=2,
     )
     rows = [{"input_ids": torch.randint(0, 20, (6,)), "labels": i % 3} for i in range(32)]
     trainer = SAMTrainer(model, arguments, train_dataset=rows, sam={"rho": 0.05, "adaptive": True})

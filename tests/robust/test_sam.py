@@ -436,9 +436,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(
-    ("form", "inner_steps"), [("closure", 1), ("closure", 3), ("two-call", 1), ("two-call with model", 1)]
-)
+@pytest.mark.parametrize(("form", "inner_steps"), [("closure", 1), ("closure", 3), ("two-call", 1), ("two-call with model", 1)])
 def test_buffers_are_those_of_one_plain_pass(norm, form, inner_steps):
     torch.manual_seed(0)
     plain = Normed(NORMS[norm]())
@@ -1107,7 +1105,9 @@ def test_zero_gradient_moves_nothing_and_the_base_still_steps(options):
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("options", [{}, {"p": 1.0}, {"p": 3.0}, {"p": math.inf}, {"adaptive": True}, {"inner_steps": 3}, {"foreach": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"p": 1.0}, {"p": 3.0}, {"p": math.inf}, {"adaptive": True}, {"inner_steps": 3}, {"foreach": False}]
+)
 def test_non_finite_gradient_never_reaches_the_weights(bad, options):
     w = nn.Parameter(torch.ones(2, 2))
     optimizer = SAM(SGD([w], lr=0.1), rho=0.5, **options)

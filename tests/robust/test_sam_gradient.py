@@ -99,7 +99,7 @@ def test_model_gradients_and_generator_are_as_after_plain_passes(options):
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
     assert model[0].bias.grad is None
     torch.manual_seed(4)
-    for index in ([slice(0, 4), slice(4, 8)] if "m" in options else [slice(0, 8)]):
+    for index in [slice(0, 4), slice(4, 8)] if "m" in options else [slice(0, 8)]:
         each(other, part(batch, index))
     assert same(list(model.buffers()), list(other.buffers()))
     assert torch.equal(after, torch.get_rng_state())
@@ -139,7 +139,11 @@ def test_works_under_no_grad_with_nested_batches():
     _, expected = sam_gradient(cross_entropy, model, batch, rho=0.3, m=2)
     with torch.no_grad():
         _, grads = sam_gradient(
-            lambda net, data: cross_entropy(net, (data["in"][0], data["y"])), model, {"in": [batch[0]], "y": batch[1], "id": "x"}, rho=0.3, m=2
+            lambda net, data: cross_entropy(net, (data["in"][0], data["y"])),
+            model,
+            {"in": [batch[0]], "y": batch[1], "id": "x"},
+            rho=0.3,
+            m=2,
         )
     assert same(expected, grads)
 

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=none
 """Torch's multi-tensor kernels under typed names, with a plain loop where a caller asks for one.
 
 torch exposes these kernels only under private names; the optimizers of torch itself are built on them.

@@ -17,8 +17,9 @@ from cyclopts import App, CycloptsError, Parameter
 from outlast import __version__
 
 if TYPE_CHECKING:
-    from outlast.studies._design import ScaleName
-    from outlast.studies._grid import Accelerator, Precision, Strategy
+    from outlast.studies._design import ScaleName, Study
+    from outlast.studies._grid import Accelerator, Plan, Precision, Strategy
+    from outlast.studies._statistics import Interval
     from outlast.studies._summary import Summary
 else:  # cyclopts reads annotations; the real names live in modules that --help should not wait for
     from typing import Literal
@@ -284,22 +285,19 @@ def _os_message(error: BaseException) -> str:
     return str(error)
 
 
-def _seeds_of(study: object, scale: ScaleName, parts: Sequence[str] | None) -> int:
-    from outlast.studies._design import Study
+def _seeds_of(study: Study, scale: ScaleName, parts: Sequence[str] | None) -> int:
     from outlast.studies._grid import chosen_parts
 
-    assert isinstance(study, Study)
     return max(part.scales[scale].seeds for part in chosen_parts(study, scale, parts or ()))
 
 
-def _command(plan: object, out: Path) -> str:
+def _command(plan: Plan, out: Path) -> str:
     """The command that repeats a run."""
     import shlex
     from dataclasses import asdict
 
-    from outlast.studies._grid import Launch, Plan
+    from outlast.studies._grid import Launch
 
-    assert isinstance(plan, Plan)
     words = ["outlast", "run", plan.study, "--scale", plan.scale, "--seeds", str(plan.seeds)]
     words += [word for part in plan.parts for word in ("--part", part)]
     words += [word for key, value in plan.overrides.items() for word in ("--set", f"{key}={value}")]
@@ -343,10 +341,7 @@ def _print_summary(summary: Summary) -> None:
     console.print(Text(f"{summary.finished} of {summary.total} cells, {summary.seconds:.0f} s of computation, results in {summary.folder}"))
 
 
-def _with_interval(value: object, digits: int) -> str:
-    from outlast.studies._statistics import Interval
-
-    assert isinstance(value, Interval)
+def _with_interval(value: Interval, digits: int) -> str:
     if value.low is None or value.high is None:
         return f"{value.mean:.{digits}f}"
     return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"

@@ -40,6 +40,6 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise MissingDataError(
-            f"{entry.title} could not be fetched ({reason}). Where there is no network, copy it from another machine into {target / subfolder}"
+            f"{entry.title} could not be fetched ({reason}). Offline, copy it from another machine into {target / subfolder}"
         ) from error
     return target / subfolder

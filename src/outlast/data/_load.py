@@ -118,15 +118,15 @@ def _load_cifar(entry: DatasetInfo, place: Place, split: Split) -> tuple[UInt8Ar
     path = place.files[0]
     data = path.read_bytes()
     _check(path, data, place.checksums[0])
-    images: list[UInt8Array] = []
-    labels: list[UInt8Array] = []
+    tiles_by_class: list[UInt8Array] = []
+    labels_by_class: list[UInt8Array] = []
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         index = json.loads(archive.read("index.json"))
         tile, columns = int(index["tile"]), int(index["columns"])
         for name in sorted(set(archive.namelist()) - {"index.json"}):
             mosaic = np.asarray(image_module.open(io.BytesIO(archive.read(name))).convert("RGB"))
             tiles = mosaic.reshape(mosaic.shape[0] // tile, tile, columns, tile, 3).transpose(0, 2, 4, 1, 3)
-            images.append(tiles.reshape(-1, 3, tile, tile))
-            labels.append(np.full(len(images[-1]), int(name[:3]), np.uint8))
+            tiles_by_class.append(tiles.reshape(-1, 3, tile, tile))
+            labels_by_class.append(np.full(len(tiles_by_class[-1]), int(name[:3]), np.uint8))
     codec = "exact" if index["options"].get("lossless") else f"{index['format']} quality {index['options']['quality']}"
-    return np.concatenate(images), np.concatenate(labels), f"{entry.title} {split}, {codec}"
+    return np.concatenate(tiles_by_class), np.concatenate(labels_by_class), f"{entry.title} {split}, {codec}"

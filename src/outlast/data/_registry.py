@@ -195,7 +195,11 @@ def find(name: str, split: Split, variant: Variant = "full") -> Place:
     folder = data_folder()
     if folder is not None:
         files = entry.files[split]
-        for place, root in (("folder", folder / entry.folder), ("torchvision", folder / entry.torchvision[1])):
+        layouts: tuple[tuple[Literal["folder", "torchvision"], Path], ...] = (
+            ("folder", folder / entry.folder),
+            ("torchvision", folder / entry.torchvision[1]),
+        )
+        for place, root in layouts:
             found = [_present(root, file) for file in files]
             if all(path is not None for path in found):
                 return Place(place, tuple(path for path in found if path is not None), tuple(files.values()))

@@ -7,7 +7,7 @@ sharpness as in equation 1, the spectrum of figure 3, the bound of appendix A.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -114,7 +114,8 @@ def sharpness(
         p: order of its norm; ``steps > 1`` needs 2.
         m: samples a part, each with its own worst point (m-sharpness); None takes all data as one part.
         steps: steps of projected ascent.
-        adaptive: measure the ball in ASAM's scaled coordinates, with floor ``eta``.
+        adaptive: measure the ball in ASAM's scaled coordinates.
+        eta: floor of those coordinates.
 
     Raises:
         ValueError: a setting out of range, no data, ``m`` above a batch's size, ``steps > 1`` with ``p`` other than 2.
@@ -162,6 +163,7 @@ def _worst_case(
     backup = [parameter.detach().clone() for parameter in parameters]
     loss, grads = _mean_loss_and_gradient(model, loss_fn, batches, parameters)
     position: list[Tensor] | None = None
+    perturbed = loss
     try:
         for _ in range(steps):
             unit, _, _ = ball_step(grads, scalings, p)
@@ -394,7 +396,7 @@ def _batches(data: Any) -> list[Any]:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
+def _evaluated(model: nn.Module) -> Generator[list[tuple[str, nn.Parameter]]]:
     """Eval mode for the time of a measurement; gives the named parameters that are trained."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:

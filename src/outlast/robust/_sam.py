@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -87,8 +87,9 @@ class _Ball:
 
 @dataclass
 class _Progress:
-    """Everything that changes from step to step, in one object: wrappers of optimizers (Fabric's, Lightning's) run our
-    methods on themselves and would otherwise keep assignments to themselves.
+    """Everything that changes from step to step, in one object.
+
+    Wrappers of optimizers (Fabric's, Lightning's) run our methods on themselves and would keep assignments to themselves.
     """
 
     t: int = 0
@@ -226,23 +227,23 @@ class SAM(Optimizer):
     # ---- one optimizer with the base -------------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[Group]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def param_groups(self) -> list[Group]:
         """The base optimizer's groups: the same list object, always."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
+    def param_groups(self, groups: list[Group]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         # torch's constructor starts from an empty list and adds the groups again; those are the base's own dicts.
         if groups:
             self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def state(self) -> Any:
         """The base optimizer's state: the same object, always."""
         return self.base.state
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if state:
             self.base.state = state
 
@@ -391,7 +392,7 @@ class SAM(Optimizer):
     # ---- the two-call form -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def first_pass(self) -> Iterator[None]:
+    def first_pass(self) -> Generator[None]:
         """Put around the first forward and backward pass of the two-call form.
 
         It lets the second pass see the same dropout masks and leave running statistics alone, and keeps the first pass
@@ -443,7 +444,7 @@ class SAM(Optimizer):
         self._now.ready = True
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self) -> Generator[None]:
         """``ascend()`` on entry and ``restore()`` on exit, also when the body raises."""
         self.ascend()
         try:

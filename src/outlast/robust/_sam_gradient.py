@@ -58,7 +58,8 @@ def sam_gradient(
         rho: radius; 0 gives the plain gradient.
         p: order of the norm of the ball, in [1, inf].
         m: samples a part; None takes the batch as one part. Smaller parts generalise better and cost the same samples.
-        adaptive: ASAM's scaled ball, on parameters with ``weight`` in their name, with floor ``eta``.
+        adaptive: ASAM's scaled ball, on parameters with ``weight`` in their name.
+        eta: floor of ASAM's scaling.
         gamma: take the second gradient over this fraction of each part's samples, those whose loss rose most. Needs one
             loss a sample, and an extra forward pass without gradient.
 
@@ -137,5 +138,4 @@ def _one_part(
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(w) if g is None else g for w, g in zip(parameters, found, strict=True)]
+    return list(torch.autograd.grad(loss, parameters, materialize_grads=True))

@@ -8,7 +8,7 @@ from typing import Any
 from outlast.studies._grid import row_name
 
 
-class Missing(LookupError):
+class MissingCellError(LookupError):
     """A claim or figure asks for a cell that is not finished."""
 
 
@@ -42,5 +42,5 @@ class Results:
     def _record(self, arm: str, seed: int, setting: str | None) -> Mapping[str, Any]:
         row = row_name(self.settings[0] if setting is None else setting, arm)
         if (row, seed) not in self._records:
-            raise Missing(f"{row} with seed {seed} is not finished")
+            raise MissingCellError(f"{row} with seed {seed} is not finished")
         return self._records[row, seed]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +84,7 @@ class Store:
         return content
 
     @contextmanager
-    def claim(self, cell: Cell) -> Iterator[bool]:
+    def claim(self, cell: Cell) -> Generator[bool]:
         """Whether this process may compute the cell now; a lock that dies with the process keeps others off it."""
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)

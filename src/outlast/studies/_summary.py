@@ -8,7 +8,7 @@ from typing import Any
 
 from outlast.studies._design import MIN_SEEDS, Claim, Figure, Metric, Part, Study
 from outlast.studies._grid import row_name
-from outlast.studies._results import Missing, Results
+from outlast.studies._results import MissingCellError, Results
 from outlast.studies._run import Run
 from outlast.studies._statistics import Interval, Verdict, interval, verdict
 
@@ -180,7 +180,7 @@ def _summarise_part(part: Part, run: Run) -> PartSummary:
 def _judge(claim: Claim, results: Results) -> JudgedClaim:
     try:
         measured = interval([claim.measure(results, seed) for seed in results.seeds])
-    except Missing as missing:
+    except MissingCellError as missing:
         return JudgedClaim(claim, "undecided", None, str(missing))
     reason = "" if len(results.seeds) >= MIN_SEEDS else f"needs at least {MIN_SEEDS} seeds"
     return JudgedClaim(claim, verdict(measured, claim.threshold, claim.direction, min_seeds=MIN_SEEDS), measured, reason)

@@ -209,14 +209,11 @@ def _draw_flatness(figure: Any, results: Results) -> None:
 
 
 def _describe_flatness(results: Results) -> str:
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    points = [
-        f"{_PART.arm(arm).title}: eigenvalue {mean(results.values(arm, 'lambda_max')):.1f}, accuracy {mean(results.values(arm, 'final')):.1f} %"
-        for arm in results.arms
-        if results.has(arm)
-    ]
+    points: list[str] = []
+    for arm in (arm for arm in results.arms if results.has(arm)):
+        curvature, final = results.values(arm, "lambda_max"), results.values(arm, "final")
+        means = sum(curvature) / len(curvature), sum(final) / len(final)
+        points.append(f"{_PART.arm(arm).title}: eigenvalue {means[0]:.1f}, accuracy {means[1]:.1f} %")
     return "Each point is one training. " + "; ".join(points) + "."
 
 
@@ -292,8 +289,8 @@ _PART = Part(
         Figure("flatness", "The flatter the end, the better it classifies", _describe_flatness, _draw_flatness),
     ),
     deviations=(
-        "Quick and standard scale train a small perceptron on 4,000 or fewer images of Fashion-MNIST, where the paper trains a ResNet-32 on CIFAR-10.",
-        "The paper does not print batch size, learning rate and weight decay of its label-noise table; the paper scale takes 128, 0.1 and 5e-4.",
+        "Quick and standard scale train a small perceptron on at most 4,000 images of Fashion-MNIST; the paper a ResNet-32 on CIFAR-10.",
+        "The paper prints no batch size, learning rate or weight decay for its label-noise table; the paper scale takes 128, 0.1, 5e-4.",
     ),
     scales={
         "quick": Scale(
