@@ -7,6 +7,7 @@ torch exposes these kernels only under private names; the optimizers of torch it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor], *, foreach: bool
     if not targets:
         return
     if foreach:
-        torch._foreach_copy_(list(targets), list(sources))
+        torch._foreach_copy_(_local(targets), _local(sources))
     else:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
@@ -28,7 +29,7 @@ def add_(targets: Sequence[Tensor], others: Sequence[Tensor], *, alpha: float = 
     if not targets:
         return
     if foreach:
-        torch._foreach_add_(list(targets), list(others), alpha=alpha)
+        torch._foreach_add_(_local(targets), _local(others), alpha=alpha)
     else:
         for target, other in zip(targets, others, strict=True):
             target.add_(other, alpha=alpha)
@@ -39,7 +40,7 @@ def mul_(targets: Sequence[Tensor], factor: Tensor, *, foreach: bool = True) -> 
     if not targets:
         return
     if foreach:
-        torch._foreach_mul_(list(targets), factor)
+        torch._foreach_mul_(_local(targets), factor)
     else:
         for target in targets:
             target.mul_(factor.to(target.dtype))
@@ -57,12 +58,18 @@ def norm(tensors: Sequence[Tensor], *, foreach: bool = True) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    if foreach:
-        norms = torch._foreach_norm(list(tensors), 2.0, dtype=wide)
-    else:
-        norms = [torch.linalg.vector_norm(tensor, dtype=wide) for tensor in tensors]
-    norms = [whole(part) for part in norms]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    wide = torch.float32
+    norms: list[Tensor] = []
+    for dtype, group in by_dtype.items():
+        own = torch.promote_types(dtype, torch.float32)
+        wide = torch.promote_types(wide, own)
+        if foreach and not any(map(is_sharded, group)):
+            norms += torch._foreach_norm(group, 2.0, dtype=own)
+        else:
+            norms += [whole(torch.linalg.vector_norm(tensor, dtype=own)) for tensor in group]
     device = norms[0].device
     return torch.linalg.vector_norm(torch.stack([part.to(device, wide) for part in norms]))
 
@@ -76,6 +83,11 @@ def whole(tensor: Tensor) -> Tensor:
     """The full value of a DTensor, or the tensor itself."""
     full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's shards: what acts on each element acts on them, and DTensor has no multi-tensor kernels."""
+    return [cast("Tensor", cast("Any", tensor).to_local()) if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def _wide(tensor: Tensor) -> Tensor:

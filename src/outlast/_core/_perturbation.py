@@ -62,10 +62,10 @@ def steepest(grads: Sequence[Tensor], p: float) -> tuple[list[Tensor], Tensor]:
 def _largest_entry(grads: Sequence[Tensor], largest: Tensor) -> list[Tensor]:
     steps = [torch.zeros_like(grad) for grad in grads]
     for step, grad in zip(steps, grads, strict=True):
-        hits = (grad.abs() == largest).flatten().nonzero()
+        hits = (grad.abs() == largest).nonzero()
         if hits.numel():
-            index = int(hits[0])
-            step.view(-1)[index] = grad.reshape(-1)[index].sign()
+            index = tuple(hits[0].tolist())
+            step[index] = grad[index].sign()
             break
     return steps
 

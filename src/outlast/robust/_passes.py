@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
@@ -69,26 +70,47 @@ class LocalGradients:
 
 
 class FirstPass(LocalGradients):
-    """Watches the pass at the unperturbed weights: which modules run, and from which random state."""
+    """Watches the pass at the unperturbed weights: which modules run, and from which random state.
 
-    def __init__(self, parameters: Iterable[Tensor], *, local: bool) -> None:
+    With ``known`` modules no hook is needed to find them.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], *, local: bool, known: Iterable[nn.Module] = ()) -> None:
         super().__init__(enabled=local)
         self._parameters = list(parameters)
+        self._known = list(known)
+        self._quiet: warnings.catch_warnings[None] | None = None
         self._buffers: BufferSnapshot | None = None
         self._before: RandomState | None = None
         self._after: RandomState | None = None
 
     def __enter__(self) -> Self:
         self._before = RandomState(self._parameters)
+        if not self._known:
+            # torch.compile warns about any global hook; ours reads the module tree once, and later steps do without it.
+            self._quiet = warnings.catch_warnings()
+            self._quiet.__enter__()
+            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
         return super().__enter__()
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        if self._quiet is not None:
+            self._quiet.__exit__(kind, error, trace)
+            self._quiet = None
+
     def _wanted(self) -> bool:
-        return True
+        return not self._known or super()._wanted()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that ran, or those known before."""
+        return self._known or list(self._seen.values())
 
     def begin_second(self, *, freeze_buffers: bool, same_rng: bool) -> None:
         """Keep buffers and generators as the first pass left them, then rewind the generators for the next pass."""
         if freeze_buffers and self._buffers is None:
-            self._buffers = BufferSnapshot(self._seen.values())
+            self._buffers = BufferSnapshot(self.modules)
         if same_rng and self._before is not None:
             if self._after is None:
                 self._after = RandomState(self._parameters)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from outlast.robust._passes import FirstPass, LocalGradients
 Closure = Callable[[], Tensor]
 Group = dict[str, Any]
 STATE_KEY = "outlast_sam"
+_ENTRIES = ("rho", "adaptive", "eta")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class _Progress:
 
     t: int = 0
     ready: bool = False  # a gradient at perturbed weights waits for the step
-    cleared: bool = False  # zero_grad was called since the last pass
+    cleared: bool = False  # zero_grad was called during the present pass
+    used: dict[nn.Parameter, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)  # gradients of the last step
+    modules: list[nn.Module] = field(default_factory=list)  # found by the first pass, where they are compiled
     moved: list[nn.Parameter] | None = None  # None: not perturbed
     first: FirstPass | None = None
     snapshot: BufferSnapshot | None = None
@@ -104,6 +108,9 @@ class _Progress:
     component: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     grads_at_weights: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "used": {}}  # weak references do not travel
 
 
 class SAM(Optimizer):
@@ -205,23 +212,23 @@ class SAM(Optimizer):
         if self._looksam and self._every == 1:
             raise ValueError("reuse='looksam' needs every > 1: with every=1 there is no step that could reuse anything")
 
-        defaults = {
-            "rho": _checks.real("rho", rho, low=0.0),
-            "adaptive": bool(adaptive),
-            "eta": _checks.real("eta", eta, low=0.0),
-        }
-        super().__init__(base.param_groups, defaults)
-        self._model = model
-        self._names = {parameter: name for name, parameter in model.named_parameters()} if model is not None else {}
         self._perturb_choice = perturb if callable(perturb) else _checks.choice("perturb", perturb, ("all", "norm", "no_norm"))
         if model is None and self._perturb_choice in ("norm", "no_norm"):
             raise ValueError(
                 f"perturb={perturb!r} needs the model to tell normalisation layers apart: SAM(base, model, perturb={perturb!r})"
             )
+        defaults = {
+            "rho": _checks.real("rho", rho, low=0.0),
+            "adaptive": bool(adaptive),
+            "eta": _checks.real("eta", eta, low=0.0),
+        }
+        self._refuse_sharded(self._parameters())
+        super().__init__(base.param_groups, defaults)  # from here on the base's groups hold our entries
+        self._model = model
+        self._names = {parameter: name for name, parameter in model.named_parameters()} if model is not None else {}
         modules = [] if model is None else [module for module in model.modules() if is_norm_layer(module)]
         self._in_norm = {parameter for module in modules for parameter in module.parameters(recurse=False)}
         self._now = _Progress()
-        self._refuse_sharded(self._parameters())
         self._follow_steps()
 
     # ---- one optimizer with the base -------------------------------------------------------------------------------
@@ -261,8 +268,8 @@ class SAM(Optimizer):
         """Add a group to the base optimizer; it may carry its own ``rho``, ``adaptive`` and ``eta``."""
         if not any(param_group is group for group in self.param_groups):
             self.base.add_param_group(param_group)
-        for name, default in self.defaults.items():
-            param_group.setdefault(name, default)
+        for name in _ENTRIES:
+            param_group.setdefault(name, self.defaults[name])
         _checks.real("rho of a parameter group", param_group["rho"], low=0.0)
         _checks.real("eta of a parameter group", param_group["eta"], low=0.0)
 
@@ -273,19 +280,20 @@ class SAM(Optimizer):
 
     def _follow_steps(self) -> None:
         # Hooks on the base, since a GradScaler and transformers' Trainer step the base itself.
+        self.base._outlast_sam = True  # pyright: ignore[reportAttributeAccessIssue]
         self.base.register_step_pre_hook(self._before_step)
         self.base.register_step_post_hook(self._stepped)
 
     def _before_step(self, _optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         if self._now.grads_at_weights:
             self._keep_component()
-        elif self._looksam and self._now.t % self._every != 0:
+        elif self._looksam and self._now.t % self._every != 0 and any(group["rho"] > 0 for group in self.param_groups):
             self._reuse_component()
 
     def _stepped(self, _optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         self._now.t += 1
         self._now.ready = False
-        self._now.cleared = False
+        self._now.used = {p: (weakref.ref(p.grad), p.grad._version) for p in self._parameters() if p.grad is not None}
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -327,26 +335,33 @@ class SAM(Optimizer):
         self.base.step()
         return loss
 
-    def _gradient_of(self, closures: list[Closure]) -> Tensor:
+    def _gradient_of(self, closures: list[Closure]) -> Tensor | None:
         """Leave the gradient for the base optimizer in ``.grad`` and return the loss at the weights."""
         if not self.due:
             return self._run(closures)
         if not self._micro or len(closures) == 1:
-            return self._two_passes(closures)
-        losses: list[Tensor] = []
+            self._now.last = self._two_passes(closures)
+            return self._now.last.loss
+        stats: list[SAMStats] = []
         total = _Sum()
         kept = _Sum()
         for closure in closures:
-            losses.append(self._two_passes([closure]))
+            stats.append(self._two_passes([closure]))
             total.take(self._parameters())
             kept.add(self._now.grads_at_weights)
         total.leave()
         self._now.grads_at_weights = kept.values
-        return torch.stack(losses).sum()
+        self._now.last = SAMStats(
+            torch.stack([part.grad_norm for part in stats]).mean(),
+            torch.stack([part.loss for part in stats if part.loss is not None]).sum(),
+            torch.stack([part.perturbed_loss for part in stats if part.perturbed_loss is not None]).sum(),
+        )
+        return self._now.last.loss
 
-    def _two_passes(self, closures: list[Closure]) -> Tensor:
-        with FirstPass(self._parameters(), local=self._local) as first:
+    def _two_passes(self, closures: list[Closure]) -> SAMStats:
+        with self._first_pass() as first:
             loss = self._run(closures)
+        self._remember_compiled(first)
         norm = self._perturb()
         perturbed_loss = loss
         try:
@@ -360,8 +375,16 @@ class SAM(Optimizer):
         finally:
             self._unperturb()
             first.end_second()
-        self._now.last = SAMStats(norm, loss, perturbed_loss)
-        return loss
+        return SAMStats(norm, loss, perturbed_loss)
+
+    def _first_pass(self) -> FirstPass:
+        known = list(self._model.modules()) if self._model is not None else self._now.modules
+        return FirstPass(self._parameters(), local=self._local, known=known)
+
+    def _remember_compiled(self, first: FirstPass) -> None:
+        # A global hook that comes and goes makes torch.compile build its graphs again at every step.
+        if any(type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None for module in first.modules):
+            self._now.modules = first.modules
 
     def _run(self, closures: list[Closure]) -> Tensor:
         """Run closures at the current weights; the sum of their gradients is left in ``.grad``."""
@@ -376,18 +399,30 @@ class SAM(Optimizer):
         return torch.stack(losses).sum()
 
     def _call(self, closure: Closure) -> Tensor:
-        before = [] if self._now.cleared else [(p, p.grad) for p in self._parameters() if p.grad is not None]
+        fresh = [(p, p.grad) for p in self._parameters() if p.grad is not None and not self._is_used(p, p.grad)]
+        pending = bool(fresh) and float(_foreach.norm([grad for _, grad in fresh])) != 0.0
+        used = [(p, p.grad, p.grad._version) for p in self._parameters() if p.grad is not None and self._is_used(p, p.grad)]
+        self._now.cleared = False
         with torch.enable_grad():
-            loss = closure()
-        if not self._now.cleared and any(p.grad is grad for p, grad in before):
+            loss = cast("Tensor | None", closure())
+        kept = pending and any(p.grad is grad for p, grad in fresh)
+        # one change of a gradient in place is a backward pass on top of it; clearing it in place makes two
+        kept = kept or any(p.grad is grad and grad._version == version + 1 for p, grad, version in used)
+        if kept and not self._now.cleared:
             raise StateError(
                 "the closure kept gradients of earlier passes, which were not taken at a perturbed point; clear them inside "
                 "the closure with optimizer.zero_grad(), and accumulate micro-batches by step([closure_1, closure_2, ...])"
             )
-        self._now.cleared = False
+        if loss is None:
+            raise TypeError("the closure returned None; it must return the loss")
         if all(p.grad is None for p in self._parameters()):
             raise StateError("the closure left no gradient on any parameter: it must call loss.backward() before it returns the loss")
         return torch.as_tensor(loss).detach()
+
+    def _is_used(self, parameter: nn.Parameter, grad: Tensor) -> bool:
+        """Whether a gradient is what the last step left behind, so that losing it loses nothing."""
+        reference, version = self._now.used.get(parameter, (None, -1))
+        return reference is not None and reference() is grad and grad._version == version
 
     # ---- the two-call form -----------------------------------------------------------------------------------------
 
@@ -398,8 +433,9 @@ class SAM(Optimizer):
         It lets the second pass see the same dropout masks and leave running statistics alone, and keeps the first pass
         local under DistributedDataParallel with ``sync="local"``: what ``step(closure)`` does by itself.
         """
-        with FirstPass(self._parameters(), local=self._local) as first:
+        with self._first_pass() as first:
             yield
+        self._remember_compiled(first)
         self._now.first = first
 
     def ascend(self) -> Tensor:
@@ -413,6 +449,8 @@ class SAM(Optimizer):
         """
         if self._now.moved is not None:
             raise StateError("ascend() twice: the weights are perturbed already; call restore() first")
+        if self._inner_steps > 1:
+            raise UnsupportedError("inner_steps > 1 goes through the batch several times and needs step(closure)")
         if all(p.grad is None for p in self._parameters()):
             raise StateError("ascend() found no gradient on any parameter: call loss.backward() before it")
         norm = self._perturb()
@@ -487,7 +525,7 @@ class SAM(Optimizer):
                 if draws is not None:
                     radius = radius / self._fraction if draws[number] < self._fraction else 0.0
                 if self._weight_decay and group.get("weight_decay", 0.0):
-                    grad = grad + group["weight_decay"] * parameter.detach()
+                    grad = grad + sign * group["weight_decay"] * parameter.detach()
                 name = self._names.get(parameter) or (names[index] if names is not None else None)
                 scaled = group["adaptive"] and (is_weight_name(name) if name is not None else parameter.ndim >= 2)
                 moves.append(_Move(parameter, grad, radius, group["eta"] if scaled else None))
@@ -592,8 +630,12 @@ class SAM(Optimizer):
             return
         g, s = [plain[p] for p in sharp], list(sharp.values())
         square = _foreach.dot(g, g)
-        share = torch.where(square > 0, _foreach.dot(s, g) / square, torch.zeros_like(square))
-        self._now.component = {p: grad - share.to(grad.device) * plain[p] for p, grad in sharp.items()}
+        product = _foreach.dot(s, g)
+        finite = torch.isfinite(square) & torch.isfinite(product)
+        share = torch.where(finite & (square > 0), product / square, torch.zeros_like(square))
+        self._now.component = {
+            p: torch.where(finite.to(grad.device), grad - share.to(grad.device) * plain[p], 0.0) for p, grad in sharp.items()
+        }
 
     @torch.no_grad()
     def _reuse_component(self) -> None:
@@ -628,8 +670,10 @@ class SAM(Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load a checkpoint of SAM, or a plain one of the base optimizer (the step count starts at 0 then)."""
+        if self._now.moved is not None:
+            raise StateError("load_state_dict() while the weights are perturbed: call restore() first")
         rest = {key: value for key, value in state_dict.items() if key != STATE_KEY}
-        own = [{name: group[name] for name in self.defaults} for group in self.param_groups]
+        own = [{name: group[name] for name in _ENTRIES} for group in self.param_groups]
         self.base.load_state_dict(rest)
         for group, settings in zip(self.param_groups, own, strict=True):
             for name, value in settings.items():
@@ -717,6 +761,8 @@ def _check_base(base: object) -> None:
         raise TypeError(f"base must be a built optimizer, got the class {base.__name__}; build it first: SAM(torch.optim.SGD(...))")
     if not isinstance(base, Optimizer):
         raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}; build it first: SAM(torch.optim.SGD(...))")
+    if getattr(base, "_outlast_sam", False):
+        raise StateError("this optimizer is wrapped in a SAM already, whose settings its groups hold; build a new one to wrap")
     if isinstance(base, torch.optim.LBFGS):
         raise UnsupportedError("LBFGS calls its closure many times a step; SAM needs a base that takes one gradient a step")
     taken = sorted({"rho", "adaptive", "eta"} & set(base.defaults))
