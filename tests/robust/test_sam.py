@@ -198,14 +198,14 @@ def test_any_norm_and_any_gradient_attain_the_dual_norm(p, seed, magnitude, rho)
 
 
 def test_p_one_moves_the_first_of_equal_entries():
-    eps, _ = ascent([torch.tensor([1.0, -3.0]), torch.tensor([3.0, 3.0])], rho=0.5, p=1)
+    eps, _ = ascent([torch.tensor([1.0, -3.0]), torch.tensor([3.0, 3.0])], rho=0.5, p=1.0)
     assert flat(eps).tolist() == [0.0, -0.5, 0.0, 0.0]
 
 
 def test_p_one_works_on_channels_last_weights():
     conv = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
     start = conv.weight.detach().clone()
-    optimizer = sam_of(conv, rho=0.5, p=1, buffers="update")
+    optimizer = sam_of(conv, rho=0.5, p=1.0, buffers="update")
     conv(torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last)).square().sum().backward()
     conv.bias.grad = None
     grad = conv.weight.grad.clone()
@@ -644,8 +644,8 @@ def test_loading_while_perturbed_does_not_lose_the_weights():
 
 def test_looksam_component_is_kept_in_float32():
     model = mlp(dtype=torch.bfloat16)
+    optimizer = sam_of(model, every=2, reuse="looksam")
     with pytest.warns(OutlastWarning):
-        optimizer = sam_of(model, every=2, reuse="looksam")
         train(optimizer, model, batches(1, dtype=torch.bfloat16))
     assert {g.dtype for g in optimizer.state_dict()["outlast_sam"]["g_v"]} == {torch.float32}
 
@@ -1400,3 +1400,37 @@ def test_closure_that_returns_nothing_is_named():
 def test_repr_says_what_it_is():
     text = repr(sam_of(mlp(), rho=0.2, every=4))
     assert text == "SAM(SGD, rho=0.2, p=2, adaptive=False, every=4, groups=1)"
+
+
+def test_modules_outside_the_given_model_have_their_buffers_frozen_too():
+    body, head = mlp(), nn.BatchNorm1d(3)
+    optimizer = SAM(SGD([*body.parameters(), *head.parameters()], lr=0.1), body)
+    optimizer.step(closure_of(optimizer, nn.Sequential(body, head), batches(1)[0]))
+    assert head.num_batches_tracked == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_warning_of_the_model_is_shown_once_as_in_plain_training():
+    model, data = mlp(), batches(5)
+    model[1].register_forward_hook(lambda *_: warnings.warn("from the model", UserWarning, stacklevel=1))
+    optimizer, shown = sam_of(model), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "showwarning", lambda *_, **__: shown.append(1))
+        patch.setattr(warnings, "_showwarnmsg_impl", lambda *_: shown.append(1))
+        train(optimizer, model, data)
+    assert len(shown) == 1
+
+
+def test_closure_of_two_backward_passes_that_keeps_gradients_is_refused():
+    model, (batch,) = mlp(), batches(1)
+    optimizer = sam_of(model)
+
+    def closure():
+        losses = [cross_entropy(model, batch), 2 * cross_entropy(model, batch)]
+        for loss in losses:
+            loss.backward()
+        return sum(losses)
+
+    optimizer.step(closure)
+    with pytest.raises(StateError, match="zero_grad"):
+        optimizer.step(closure)

@@ -1,0 +1,126 @@
+"""Data sets are found, checked and refused when they are not whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from outlast.data import DATASETS, fetch, find, load, standardise
+from outlast.data._registry import EMBEDDED
+from outlast.errors import DamagedFileError, MissingDataError
+
+needs_data = [
+    pytest.mark.data,
+    pytest.mark.skipif(not os.environ.get("OUTLAST_DATA"), reason="OUTLAST_DATA is not set: no full data sets"),
+]
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist"])
+def test_embedded_subset_is_balanced_and_whole(name):
+    train, test = load(name, variant="small"), load(name, "test", variant="small")
+    assert train.images.shape == (10_000, 1, 28, 28)
+    assert train.images.dtype == torch.uint8
+    assert train.labels.bincount().tolist() == [1000] * 10
+    assert len(test) == 10_000
+    image, label = train[3]
+    assert torch.equal(image, train.images[3])
+    assert label == train.labels[3]
+
+
+def test_embedded_files_fit_the_limit_and_carry_licence_and_provenance():
+    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*")) < 16e6
+    for folder in EMBEDDED.iterdir():
+        assert (folder / "LICENSE.txt").stat().st_size > 500
+        embedded = json.loads((folder / "PROVENANCE.json").read_text())["sha256_of_idx_bytes"]["embedded"]
+        for name, checksum in embedded.items():
+            assert hashlib.sha256(lzma.decompress((folder / f"{name}.xz").read_bytes())).hexdigest() == checksum
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed"])
+def test_damaged_file_is_refused(tmp_path, monkeypatch, damage):
+    shutil.copytree(EMBEDDED / "mnist", tmp_path / "mnist")
+    path = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.xz"
+    data = path.read_bytes()
+    path.write_bytes(data[:100] if damage == "truncated" else lzma.compress(lzma.decompress(data)[:-1] + b"\x01"))
+    monkeypatch.setenv("OUTLAST_DATA", str(tmp_path))
+    with pytest.raises(DamagedFileError, match="t10k-labels"):
+        load("mnist", "test")
+
+
+def test_torchvision_layout_is_found(tmp_path, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (raw / name).write_bytes(lzma.decompress((EMBEDDED / "mnist" / f"{name}.xz").read_bytes()))
+    monkeypatch.setenv("OUTLAST_DATA", str(tmp_path))
+    assert find("mnist", "test").kind == "torchvision"
+    assert torch.equal(load("mnist", "test").images, load("mnist", "test", variant="small").images)
+
+
+def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("OUTLAST_DATA", raising=False)
+    with pytest.raises(MissingDataError, match=r"OUTLAST_DATA is not set.*outlast data fetch cifar10"):
+        load("cifar10")
+    monkeypatch.setenv("OUTLAST_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="not found in"):
+        load("mnist")
+    monkeypatch.setenv("OUTLAST_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(MissingDataError, match="no folder"):
+        load("mnist")
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(ValueError, match="known: fashion-mnist, mnist, cifar10"):
+        load("imagenet")
+    with pytest.raises(ValueError, match="split must be"):
+        load("mnist", "validation")
+    with pytest.raises(ValueError, match="nothing of CIFAR-10 is embedded"):
+        load("cifar10", variant="small")
+    with pytest.raises(ValueError, match="variant must be"):
+        load("mnist", variant="tiny")
+
+
+def test_fetch_reports_a_failed_download_in_one_sentence(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets", reason="torchvision (extra vision) is not installed")
+
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("Error downloading:\nTried a mirror")
+
+    monkeypatch.setattr(datasets, "MNIST", refuse)
+    with pytest.raises(MissingDataError, match=r"MNIST could not be fetched \(Error downloading: Tried a mirror\)"):
+        fetch("mnist", tmp_path)
+    monkeypatch.delenv("OUTLAST_DATA", raising=False)
+    with pytest.raises(ValueError, match="no folder to fetch into"):
+        fetch("mnist")
+
+
+def test_standardised_images_have_mean_zero_and_deviation_one():
+    images = load("mnist", "test", variant="small").images
+    floats = images.float() / 255
+    result = standardise(images, floats.mean((0, 2, 3)), floats.std((0, 2, 3)))
+    assert float(result.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(result.std()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_data) for name in DATASETS])
+def test_full_sets_are_whole(name):
+    entry = DATASETS[name]
+    for split, count in entry.splits.items():
+        data = load(name, split)
+        assert len(data) == count
+        assert set(data.labels.unique().tolist()) == set(range(10))
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("OUTLAST_DATA"), reason="OUTLAST_DATA is not set: no full data sets")
+def test_embedded_subset_is_part_of_the_full_set():
+    full = {(bytes(image.numpy()), int(label)) for image, label in load("mnist")}
+    assert all((bytes(image.numpy()), int(label)) in full for image, label in load("mnist", variant="small"))
+    assert Path(os.environ["OUTLAST_DATA"]) in find("mnist", "train").files[0].parents

@@ -1,0 +1,270 @@
+"""Runs, resumes, stops, failures and verdicts of the study engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy_study
+
+from outlast.cli._progress import QuietProgress
+from outlast.studies import Claim, Metric, Scale, Study, get
+from outlast.studies._grid import Launch, Plan, cells
+from outlast.studies._run import run
+from outlast.studies._statistics import interval, verdict
+from outlast.studies._summary import summarise
+
+TESTS = Path(__file__).parents[1]
+
+
+def plan(scale="quick", seeds=3, parts=(), **overrides):
+    return Plan("toy_study:STUDY", scale, seeds, parts, overrides, Launch("cpu"))
+
+
+def run_toy(folder, the_plan=None, workers=1):
+    return run(toy_study.STUDY, the_plan or plan(), folder, QuietProgress(), workers=workers)
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    monkeypatch.setenv("TOY_LOG", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    return path
+
+
+def computed(log):
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_all_cells_run_and_claims_are_judged(tmp_path):
+    summary = summarise(run_toy(tmp_path), "command")
+    assert [(claim.claim.name, claim.verdict) for claim in summary.claims] == [("adds", "holds"), ("adds-a-lot", "fails")]
+    assert summary.verdict == "fails"
+    content = summary.to_dict()
+    assert content["arms"]["more"]["score"]["values"] == pytest.approx([3.0, 3.01, 3.02])
+    assert set(content) == {"study", "scale", "seeds", "seconds", "folder", "claims", "arms"}
+    assert set(content["claims"][0]) == {"name", "text", "verdict", "estimate", "low", "high", "threshold"}
+
+
+def test_settings_make_rows_of_their_own(tmp_path):
+    summary = summarise(run_toy(tmp_path, plan("standard")), "")
+    assert [row.name for row in summary.parts[0].rows] == ["a/plain", "a/more", "b/plain"]
+
+
+def test_finished_cells_are_not_computed_again(tmp_path, log):
+    run_toy(tmp_path / "runs")
+    run_toy(tmp_path / "runs")
+    assert computed(log) == 6
+    run_toy(tmp_path / "runs", plan(seeds=4))
+    assert computed(log) == 8
+
+
+def test_another_setting_is_another_cell(tmp_path, log):
+    run_toy(tmp_path / "runs")
+    run_toy(tmp_path / "runs", plan(base="2"))
+    assert computed(log) == 12
+
+
+@pytest.mark.parametrize("damage", ["truncate", "change", "empty", "no object"])
+def test_damaged_result_is_set_aside_reported_and_computed_again(tmp_path, log, capsys, damage):
+    first = run_toy(tmp_path / "runs")
+    path = sorted(first.folder.glob("adding/*.json"))[0]
+    text = path.read_text()
+    path.write_text(
+        {"truncate": text[: len(text) // 2], "change": text.replace('"score": ', '"score": 9'), "empty": "", "no object": "[]"}[damage]
+    )
+    damaged = path.read_bytes()
+    run_toy(tmp_path / "runs")
+    assert computed(log) == 7
+    aside = list(path.parent.glob("*.damaged"))
+    assert [file.read_bytes() for file in aside] == [damaged]
+    assert "damaged" in capsys.readouterr().err
+    assert path.read_text() != damaged.decode()
+
+
+def test_failing_cell_is_named_and_others_go_on(tmp_path, capsys):
+    result = run_toy(tmp_path, plan(fail="raise"))
+    assert len(result.records) == 3
+    assert len(result.failed) == 3
+    assert not result.complete
+    assert "told to fail" in capsys.readouterr().err
+    assert summarise(result, "").claims[0].verdict == "undecided"
+
+
+def test_metric_that_is_not_finite_is_a_failure(tmp_path):
+    result = run_toy(tmp_path, plan(fail="nan"))
+    assert not result.records
+    assert "DivergedError" in result.failed[0][1]
+
+
+def test_fewer_than_three_seeds_decide_nothing(tmp_path):
+    assert {claim.verdict for claim in summarise(run_toy(tmp_path, plan(seeds=2)), "").claims} == {"undecided"}
+
+
+def test_two_ray_workers_give_the_same_results(tmp_path, log):
+    pytest.importorskip("ray", reason="ray (extra cluster) is not installed")
+    alone = run_toy(tmp_path / "alone")
+    spread = run_toy(tmp_path / "spread", workers=2)
+    assert {k: r["metrics"] for k, r in spread.records.items()} == {k: r["metrics"] for k, r in alone.records.items()}
+
+
+def test_ray_failures_are_named(tmp_path, log):
+    pytest.importorskip("ray", reason="ray (extra cluster) is not installed")
+    result = run_toy(tmp_path, plan(seeds=1, fail="raise"), workers=2)
+    assert len(result.records) == 1
+    assert "told to fail" in result.failed[0][1]
+
+
+def command(folder, *words):
+    return [sys.executable, "-m", "outlast", "run", "toy_study:STUDY", "--out", str(folder), "--accelerator", "cpu", *words]
+
+
+def test_kill_at_ten_random_moments_loses_and_repeats_nothing(tmp_path, log):
+    folder = tmp_path / "runs"
+    words = command(folder, "--seeds", "8", "--set", "wait=0.05", "--json")
+    rng = random.Random(0)
+    finished = set()
+    for _ in range(10):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=TESTS)
+        time.sleep(rng.uniform(1.0, 5.0))
+        process.kill()
+        assert b"damaged" not in process.communicate()[1]
+        now = {path.name: path.read_bytes() for path in folder.glob("toy/quick/adding/*.json")}
+        assert finished <= set(now.items())
+        finished = set(now.items())
+    done = subprocess.run(words, capture_output=True, text=True, cwd=TESTS, check=True)
+    assert json.loads(done.stdout)["claims"][0]["verdict"] == "holds"
+    assert finished <= {(path.name, path.read_bytes()) for path in folder.glob("toy/quick/adding/*.json")}
+    assert computed(log) <= 16 + 10  # at most the one cell that each kill interrupted
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stop_says_how_to_go_on(tmp_path, log, sent, code):
+    process = subprocess.Popen(command(tmp_path / "runs", "--set", "wait=5"), stderr=subprocess.PIPE, text=True, cwd=TESTS)
+    while computed(log) == 0:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == code
+    assert "Go on with: outlast run toy_study:STUDY" in error
+    assert "Traceback" not in error
+
+
+def test_two_processes_share_a_folder_and_compute_each_cell_once(tmp_path, log):
+    words = command(tmp_path / "runs", "--set", "wait=0.1", "--quiet")
+    both = [subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd=TESTS) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert computed(log) == 6
+
+
+def test_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    import outlast.studies._store as store
+
+    first = run_toy(tmp_path, plan(seeds=1))
+    kept = {path: path.read_bytes() for path in first.folder.rglob("*.json")}
+    real, calls = store.write_whole, []
+
+    def full(path, data):
+        calls.append(path)
+        if path.name != "run.json":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(store, "write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_toy(tmp_path, plan(seeds=2))
+    assert {path: path.read_bytes() for path in kept if path.name != "run.json"} == {p: d for p, d in kept.items() if p.name != "run.json"}
+
+
+def test_overrides_are_typed():
+    with pytest.raises(ValueError, match=r"no setting 'nonsense'; its settings: base, fail"):
+        cells(toy_study.STUDY, plan(nonsense="1"))
+    with pytest.raises(ValueError, match="setting 'size'"):
+        cells(toy_study.STUDY, plan(size="many"))
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        cells(toy_study.STUDY, plan(size="0"))
+    with pytest.raises(ValueError, match="what the arms"):
+        cells(toy_study.STUDY, plan(gain="1"))
+    assert cells(toy_study.STUDY, plan(size="5"))[0].config["size"] == 5
+
+
+def test_interval_is_students():
+    found = interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    assert interval([1.0]).low is None
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "direction", "expected"),
+    [
+        ([5.0, 5.1, 4.9], 4.0, "at least", "holds"),
+        ([5.0, 5.1, 4.9], 6.0, "at least", "fails"),
+        ([5.0, 5.1, 4.9], 5.0, "at least", "undecided"),
+        ([5.0, 5.1, 4.9], 6.0, "at most", "holds"),
+        ([5.0, 5.1, 4.9], 4.0, "at most", "fails"),
+        ([5.0, 5.0], 4.0, "at least", "undecided"),
+    ],
+)
+def test_verdicts_come_from_intervals(values, threshold, direction, expected):
+    assert verdict(interval(values), threshold, direction, min_seeds=3) == expected
+
+
+def test_declarations_are_checked():
+    with pytest.raises(ValueError, match="lower-case"):
+        Study("<script>", "", "", "", "", "", (), "")
+    with pytest.raises(ValueError, match="no arm"):
+        toy_study.Part(
+            "p",
+            "",
+            toy_study.Toy,
+            toy_study.cell,
+            (),
+            (Metric("m", ""),),
+            (Claim("c", "", lambda _r, _s: 0.0, 0.0),),
+            {"quick": Scale(arms=("x",))},
+        )
+    with pytest.raises(ValueError, match=r"unknown study 'sma'.*did you mean 'sam'"):
+        get("sma")
+
+
+def test_cells_are_pure_functions_of_configuration_and_seed(tmp_path):
+    small = {"epochs": "2", "train_size": "256", "spectrum_samples": "256", "evaluations": "1"}
+    runs = [run(get("sam"), Plan("sam", "quick", 1, (), small, Launch("cpu")), tmp_path / str(n), QuietProgress()) for n in range(2)]
+    assert {k: r["metrics"] for k, r in runs[0].records.items()} == {k: r["metrics"] for k, r in runs[1].records.items()}
+    assert len(runs[0].records) == 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_cells_train_on_two_processes(tmp_path, strategy):
+    small = {"epochs": "2", "train_size": "256", "spectrum_samples": "256", "evaluations": "1"}
+    launch = Launch("cpu", devices=2, strategy=strategy)
+    spread = run(get("sam"), Plan("sam", "quick", 1, (), small, launch), tmp_path / "two", QuietProgress())
+    alone = run(get("sam"), Plan("sam", "quick", 1, (), small, Launch("cpu")), tmp_path / "one", QuietProgress())
+    assert not spread.failed
+
+    def metrics(result, arm):
+        return next(r["metrics"] for r in result.records.values() if r["arm"] == arm)
+
+    assert metrics(spread, "sgd") == pytest.approx(metrics(alone, "sgd"), rel=1e-2)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("OUTLAST_DATA"), reason="OUTLAST_DATA is not set: no CIFAR-10")
+def test_paper_scale_builds_and_trains_two_steps(tmp_path):
+    short = {"max_steps": "2", "spectrum_samples": "32", "spectrum_iterations": "1", "batch_size": "32"}
+    plan_ = Plan("sam", "paper", 1, (), short, Launch("cpu"))
+    study = get("sam")
+    wanted = [cell for cell in cells(study, plan_) if cell.setting == "noise-0.4" and cell.arm == "sam-0.1"]
+    from outlast.studies._compute import compute
+
+    record = compute(wanted[0], lambda *_: None)
+    assert wanted[0].config["model"] == "resnet32"
+    assert record["metrics"]["final"] >= 0
