@@ -345,15 +345,3 @@ def test_compiled_model_trains_with_frozen_buffers_and_is_not_compiled_again(bac
     assert farthest(model, other) < 1e-6
     assert 1 <= graphs[0] <= 2  # with and without our hook at most
     assert graphs == graphs[:1] * 4
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_layer_that_joins_a_compiled_model_later_has_its_buffers_frozen():
-    torch._dynamo.reset()
-    model, late = mlp(norm=True), nn.BatchNorm1d(3)
-    run = torch.compile(model, backend="eager")
-    optimizer = SAM(SGD([*model.parameters(), *late.parameters()], lr=0.1))
-    one, two = batches(2)
-    optimizer.step(closure_of(optimizer, run, one))
-    optimizer.step(closure_of(optimizer, lambda x: late(run(x)), two))
-    assert late.num_batches_tracked == 1

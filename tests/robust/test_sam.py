@@ -1352,20 +1352,6 @@ def test_closure_without_backward_is_refused(in_pass):
     assert same(before, snapshot(model))
 
 
-def test_closure_that_keeps_gradients_of_the_step_before_is_refused():
-    model, (batch,) = mlp(), batches(1)
-    optimizer = sam_of(model)
-
-    def closure():
-        loss = cross_entropy(model, batch)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with pytest.raises(StateError, match="zero_grad"):
-        optimizer.step(closure)
-
-
 def test_gradients_accumulated_before_the_step_are_not_lost_silently():
     model, (one, two) = mlp(), batches(2)
     optimizer = sam_of(model)
@@ -1421,16 +1407,19 @@ def test_warning_of_the_model_is_shown_once_as_in_plain_training():
     assert len(shown) == 1
 
 
-def test_closure_of_two_backward_passes_that_keeps_gradients_is_refused():
-    model, (batch,) = mlp(), batches(1)
-    optimizer = sam_of(model)
+def test_gradients_that_the_last_step_left_are_spent_also_where_the_closure_keeps_them():
+    model, other = mlp(), mlp()
+    optimizer, reference = sam_of(model), sam_of(other)
 
-    def closure():
-        losses = [cross_entropy(model, batch), 2 * cross_entropy(model, batch)]
-        for loss in losses:
+    def keeping(batch):
+        def closure():
+            loss = cross_entropy(model, batch)
             loss.backward()
-        return sum(losses)
+            return loss
 
-    optimizer.step(closure)
-    with pytest.raises(StateError, match="zero_grad"):
-        optimizer.step(closure)
+        return closure
+
+    for batch in batches(3):
+        optimizer.step(keeping(batch))
+    train(reference, other, batches(3))
+    assert same(snapshot(model), snapshot(other))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class LocalGradients:
         self._unsynced: list[DistributedDataParallel] = []
         self._seen: dict[int, nn.Module] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LocalGradients:
         if self._wanted():
             self._hook = register_module_forward_pre_hook(self._watch)
         return self
@@ -79,25 +78,16 @@ class FirstPass(LocalGradients):
         super().__init__(enabled=local)
         self._parameters = list(parameters)
         self._known = list(known)
-        self._quiet: warnings.catch_warnings[None] | None = None
         self._buffers: BufferSnapshot | None = None
         self._before: RandomState | None = None
         self._after: RandomState | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> FirstPass:
         self._before = RandomState(self._parameters)
         if not self._known:
-            # torch.compile warns about any global hook; ours reads the module tree once, and later steps do without it.
-            self._quiet = warnings.catch_warnings()
-            self._quiet.__enter__()
-            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
-        return super().__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        super().__exit__(kind, error, trace)
-        if self._quiet is not None:
-            self._quiet.__exit__(kind, error, trace)
-            self._quiet = None
+            _silence_compile()
+        super().__enter__()
+        return self
 
     def _wanted(self) -> bool:
         return not self._known or super()._wanted()
@@ -122,3 +112,15 @@ class FirstPass(LocalGradients):
             self._buffers.restore()
         if self._after is not None:
             self._after.restore()
+
+
+_COMPILE_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
+
+
+def _silence_compile() -> None:
+    """Keep torch.compile from warning about our hook, which reads the module tree once.
+
+    A filter that stays: entering and leaving ``catch_warnings`` at every step would show a user's own warnings again.
+    """
+    if not any(message is not None and getattr(message, "pattern", message) == _COMPILE_WARNING for _, message, *_ in warnings.filters):
+        warnings.filterwarnings("ignore", message=_COMPILE_WARNING)

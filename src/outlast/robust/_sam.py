@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from outlast._core import _checks, _foreach
 from outlast._core._foreach import is_sharded
@@ -97,7 +97,7 @@ class _Progress:
     t: int = 0
     ready: bool = False  # a gradient at perturbed weights waits for the step
     cleared: bool = False  # zero_grad was called during the present pass
-    used: dict[nn.Parameter, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)  # gradients of the last step
+    used: dict[nn.Parameter, tuple[TensorWeakRef, int]] = field(default_factory=dict)  # gradients of the last step
     modules: list[nn.Module] = field(default_factory=list)  # found by the first pass, where they are compiled
     moved: list[nn.Parameter] | None = None  # None: not perturbed
     first: FirstPass | None = None
@@ -110,7 +110,7 @@ class _Progress:
     warned: set[str] = field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "used": {}}  # weak references do not travel
+        return {**self.__dict__, "used": {}, "modules": []}  # weak references do not travel, and the model travels by itself
 
 
 class SAM(Optimizer):
@@ -293,7 +293,7 @@ class SAM(Optimizer):
     def _stepped(self, _optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         self._now.t += 1
         self._now.ready = False
-        self._now.used = {p: (weakref.ref(p.grad), p.grad._version) for p in self._parameters() if p.grad is not None}
+        self._now.used = {p: (TensorWeakRef(p.grad), p.grad._version) for p in self._parameters() if p.grad is not None}
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -359,6 +359,9 @@ class SAM(Optimizer):
         return self._now.last.loss
 
     def _two_passes(self, closures: list[Closure]) -> SAMStats:
+        for parameter in self._parameters():  # what the last step left is spent, whether or not the closure clears it
+            if parameter.grad is not None and self._is_used(parameter, parameter.grad):
+                parameter.grad = None
         with self._first_pass() as first:
             loss = self._run(closures)
         self._remember_compiled(first)
@@ -378,12 +381,15 @@ class SAM(Optimizer):
         return SAMStats(norm, loss, perturbed_loss)
 
     def _first_pass(self) -> FirstPass:
-        known = list(self._model.modules()) if self._model is not None else self._now.modules
+        known = self._now.modules
+        if not known and self._model is not None and any(map(_is_compiled, self._model.modules())):
+            known = list(self._model.modules())
         return FirstPass(self._parameters(), local=self._local, known=known)
 
     def _remember_compiled(self, first: FirstPass) -> None:
-        # A global hook that comes and goes makes torch.compile build its graphs again at every step.
-        if any(type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None for module in first.modules):
+        # A global hook that comes and goes makes torch.compile build its graphs again at every step. So the modules of the
+        # first step are remembered; one that joins a compiled model later is not watched.
+        if any(map(_is_compiled, first.modules)):
             self._now.modules = first.modules
 
     def _run(self, closures: list[Closure]) -> Tensor:
@@ -401,14 +407,10 @@ class SAM(Optimizer):
     def _call(self, closure: Closure) -> Tensor:
         fresh = [(p, p.grad) for p in self._parameters() if p.grad is not None and not self._is_used(p, p.grad)]
         pending = bool(fresh) and float(_foreach.norm([grad for _, grad in fresh])) != 0.0
-        used = [(p, p.grad, p.grad._version) for p in self._parameters() if p.grad is not None and self._is_used(p, p.grad)]
         self._now.cleared = False
         with torch.enable_grad():
             loss = cast("Tensor | None", closure())
-        kept = pending and any(p.grad is grad for p, grad in fresh)
-        # one change of a gradient in place is a backward pass on top of it; clearing it in place makes two
-        kept = kept or any(p.grad is grad and grad._version == version + 1 for p, grad, version in used)
-        if kept and not self._now.cleared:
+        if pending and not self._now.cleared and any(p.grad is grad for p, grad in fresh):
             raise StateError(
                 "the closure kept gradients of earlier passes, which were not taken at a perturbed point; clear them inside "
                 "the closure with optimizer.zero_grad(), and accumulate micro-batches by step([closure_1, closure_2, ...])"
@@ -727,6 +729,10 @@ class SAM(Optimizer):
         if message not in self._now.warned:
             self._now.warned.add(message)
             warnings.warn(message, OutlastWarning, stacklevel=4)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 class _Sum:

@@ -1,0 +1,61 @@
+"""Timing rivals against each other in one process."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from outlast.studies._environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured line: a rival's median, and what it is compared with."""
+
+    benchmark: str
+    rival: str
+    milliseconds: float
+    ratio: float | None = None
+    target: str = ""
+    met: bool | None = None
+
+
+def medians(rivals: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3) -> dict[str, float]:
+    """Median milliseconds of each rival; they take turns, so that a slow moment of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for repeat in range(repeats + warmup):
+        for name, call in rivals.items():
+            start = time.perf_counter()
+            call()
+            if repeat >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def write(name: str, rows: list[Row]) -> None:
+    """Write a table for people and JSON for programs, with the machine that was measured."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = {**environment(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "node": platform.machine()}
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": [row.__dict__ for row in rows]}, indent=2) + "\n")
+    lines = [
+        f"# Benchmarks: {name}",
+        "",
+        f"`python -m benchmarks {name}` on {machine['processor']}, {machine['threads']} thread, torch {machine['torch']}.",
+        "",
+    ]
+    lines += ["| benchmark | measured | ms (median) | ratio | target | met |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        met = "" if row.met is None else ("yes" if row.met else "**no**")
+        lines.append(f"| {row.benchmark} | {row.rival} | {row.milliseconds:.2f} | {ratio} | {row.target} | {met} |")
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[4:]))
