@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-EXTRAS = "jaxtyping beartype scipy sklearn torchvision pydantic rich cyclopts matplotlib "
+EXTRAS = (
+    "jaxtyping beartype scipy sklearn torchvision pydantic rich cyclopts matplotlib "
     "lightning_fabric ray transformers yaml jinja2 PIL safetensors"
+)
 
 
 def outlast(*words, **env):
@@ -29,10 +31,10 @@ def toy(folder, *words, **env):
     ("words", "says"),
     [
         (["frobnicate"], 'Unknown command "frobnicate"'),
-        (["run"], "study"),
+        (["run"], "STUDY"),
         (["run", "nothing"], "unknown study 'nothing'"),
         (["run", "sam", "--scale", "huge"], "quick"),
-        (["run", "sam", "--seeds", "none"], "seeds"),
+        (["run", "sam", "--seeds", "many"], "--seeds"),
         (["run", "sam", "--seeds", "0"], "--seeds must be at least 1"),
         (["run", "sam", "--set", "epochs"], "key=value"),
         (["run", "sam", "--set", "epochz=3"], "no setting 'epochz'"),

@@ -52,15 +52,17 @@ def draw(figure: Figure, results: Results, *, identity: str) -> str:
         figure.draw(canvas, results)
         file = io.StringIO()
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(file.getvalue())
+    return _inline(file.getvalue(), identity)
 
 
-def _inline(text: str) -> str:
+def _inline(text: str, identity: str) -> str:
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    svg = re.sub(r'\bid="', f'id="{identity}-', svg)
+    svg = re.sub(r'href="#', f'href="#{identity}-', svg).replace("url(#", f"url(#{identity}-")
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
     return re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font: \1 var(--font)", svg)

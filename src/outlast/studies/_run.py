@@ -155,7 +155,10 @@ class _RayWorkers:
         remote = ray.remote(num_cpus=missing[0].launch["threads"], num_gpus=gpus)(_remote_compute)
         running: dict[Any, tuple[Cell, ExitStack]] = {}
         for cell in _until_done(missing):
-            if any(cell is other for other, _ in running.values()):
+            under_way = [other for other, _ in running.values()]
+            if len(running) == self._workers or (running and all(any(c is o for o in under_way) for c in missing)):
+                self._await_one(ray, running, missing, store, result, progress)
+            if any(cell is other for other, _ in running.values()) or cell not in missing:
                 continue
             lock = ExitStack()
             if not lock.enter_context(store.claim(cell)):
@@ -169,8 +172,6 @@ class _RayWorkers:
                 continue
             progress.cell_started(cell)
             running[remote.remote(cell)] = (cell, lock)
-            if len(running) == self._workers or all(any(c is o for o, _ in running.values()) for c in missing):
-                self._await_one(ray, running, missing, store, result, progress)
 
     def _await_one(
         self, ray: Any, running: dict[Any, tuple[Cell, ExitStack]], missing: list[Cell], store: Store, result: Run, progress: Progress
