@@ -141,10 +141,12 @@ class _RayWorkers:
         os.environ.setdefault("OMP_NUM_THREADS", str(missing[0].launch["threads"]))
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray: Any = require("ray", extra="cluster", purpose="--workers")
-        paths = os.pathsep.join(dict.fromkeys([str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+        # Workers started here inherit the environment; those of a cluster find a user's own study as they find outlast.
+        own = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(own))
         address = os.environ.get("RAY_ADDRESS")
         local = {} if address else {"num_cpus": self._workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": paths}}, **local)
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         try:
             self._work(ray, missing, store, result, progress)
         finally:
