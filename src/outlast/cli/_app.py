@@ -38,6 +38,7 @@ app = App(
     exit_on_error=False,
     print_error=False,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # a stop says how to go on: run_command does that
 )
 app.register_install_completion_command(help="Install completion of commands and options for your shell.")
 data_app = App(name="data", help="Which data sets are at hand, where they lie, and how to get the others.")

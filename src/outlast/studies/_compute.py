@@ -30,6 +30,7 @@ def compute(cell: Cell, report: Report) -> dict[str, Any]:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=cell.key[:12],
+        max_restarts=0,  # a cell is deterministic: what fails once fails again
     )
     return elastic_launch(config, _compute_here)(cell, None)[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class Context:
         )
         self.fabric.launch()
         self._report = report
+        self._unsharded: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def generator(self, name: str, index: int = 0) -> torch.Generator:
         """A generator that is a function of (seed, name, index): arms of one seed draw the same data, order and start."""
@@ -77,7 +79,10 @@ class Context:
             DivergedError: an epoch's loss is not finite.
         """
         fabric = self.fabric
+        unsharded = copy.deepcopy(model) if self.sharded else None  # a sharded module cannot be copied any more
         model = fabric.setup_module(model)
+        if unsharded is not None:
+            self._unsharded[model] = unsharded
         optimizer: Any = fabric.setup_optimizers(make_optimizer(model))
         images, labels = images.to(fabric.device), labels.to(fabric.device)
         steps_per_epoch = len(images) // batch_size
@@ -136,12 +141,8 @@ class Context:
         module: nn.Module = getattr(model, "module", model)
         if not self.sharded:
             return module
-        bare = copy.deepcopy(module).to_empty(device=self.fabric.device)
-        values = {name: whole(value) for name, value in module.state_dict().items()}
-        for name, parameter in list(bare.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            setattr(bare.get_submodule(owner), leaf, nn.Parameter(torch.empty_like(whole(parameter))))
-        bare.load_state_dict(values)
+        bare = self._unsharded[model].to(self.fabric.device)
+        bare.load_state_dict({name: whole(value) for name, value in module.state_dict().items()})
         return bare
 
 

@@ -26,6 +26,7 @@ class LabelNoise(Settings):
     dataset: Literal["fashion-mnist", "mnist", "cifar10"] = "fashion-mnist"
     variant: Literal["full", "small"] = "full"
     train_size: int | None = Field(default=4000, ge=2)
+    test_size: int | None = Field(default=None, ge=1)
     noise: float = Field(default=0.4, ge=0, le=1)
     model: Literal["mlp", "resnet32"] = "mlp"
     width: int = Field(default=256, ge=1)
@@ -53,7 +54,7 @@ def cell(config: LabelNoise, seed: int, context: Context) -> Outcome:
     from outlast.studies._models import accuracy
 
     images, labels, test_images, test_labels = _data(config, context)
-    noisy = _redraw(labels, config.noise, len(test_labels.unique()), context)
+    noisy = _redraw(labels, config.noise, 10, context)
     device = context.fabric.device
     test_images, test_labels = test_images.to(device), test_labels.to(device)
     curve: list[float] = []
@@ -110,7 +111,8 @@ def _data(config: LabelNoise, context: Context) -> tuple[Tensor, Tensor, Tensor,
     if config.train_size is not None and config.train_size > len(train):
         raise ValueError(f"train_size is {config.train_size}, but {config.dataset} ({config.variant}) has {len(train)} training images")
     index = torch.randperm(len(train), generator=context.generator("subset"))[: config.train_size]
-    return standardise(train.images[index], mean, std), train.labels[index], standardise(test.images, mean, std), test.labels
+    test_images, test_labels = test.images[: config.test_size], test.labels[: config.test_size]
+    return standardise(train.images[index], mean, std), train.labels[index], standardise(test_images, mean, std), test_labels
 
 
 def _redraw(labels: Tensor, noise: float, classes: int, context: Context) -> Tensor:
