@@ -63,12 +63,12 @@ def _optimizer_part() -> list[Row]:
     ]
 
 
-def _whole_step() -> list[Row]:
+def _whole_step(batch: int) -> list[Row]:
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
     models = [resnet18(num_classes=10) for _ in range(3)]
-    images, labels = torch.randn(16, 3, 64, 64), torch.randint(0, 10, (16,))
+    images, labels = torch.randn(batch, 3, 64, 64), torch.randint(0, 10, (batch,))
     loss_fn = nn.CrossEntropyLoss()
     plain = SGD(models[0].parameters(), lr=1e-6)
     sam = SAM(SGD(models[1].parameters(), lr=1e-6))
@@ -89,11 +89,11 @@ def _whole_step() -> list[Row]:
 
     found = medians(
         {"plain": lambda: five(models[0], plain), "sam": lambda: five(models[1], sam), "look": lambda: five(models[2], look)},
-        repeats=7,
+        repeats=9,
         warmup=1,
     )
     found = {name: value / 5 for name, value in found.items()}
-    name = "whole step, ResNet-18, 16 images of 64x64"
+    name = f"whole step, ResNet-18, {batch} images of 64x64"
     sam_ratio, look_ratio = found["sam"] / found["plain"], found["look"] / found["plain"]
     return [
         Row(name, "SGD", found["plain"]),
@@ -125,4 +125,4 @@ def _start() -> list[Row]:
 def main() -> None:
     """Measure and write the table."""
     torch.set_num_threads(1)
-    write("sam", [*_optimizer_part(), *_whole_step(), *_start()])
+    write("sam", [*_optimizer_part(), *_whole_step(16), *_whole_step(64), *_start()])

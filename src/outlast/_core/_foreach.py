@@ -48,7 +48,7 @@ def mul_(targets: Sequence[Tensor], factor: Tensor, *, foreach: bool = True) -> 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Inner product of two lists of tensors seen as one vector each; float32 at least."""
-    return torch.stack([whole(torch.sum(_wide(a) * _wide(b))) for a, b in zip(left, right, strict=True)]).sum()
+    return torch.stack([_dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]).sum()
 
 
 def norm(tensors: Sequence[Tensor], *, foreach: bool = True) -> Tensor:
@@ -88,6 +88,12 @@ def whole(tensor: Tensor) -> Tensor:
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's shards: what acts on each element acts on them, and DTensor has no multi-tensor kernels."""
     return [cast("Tensor", cast("Any", tensor).to_local()) if is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if is_sharded(a):
+        return whole(torch.sum(a * b))
+    return torch.dot(a.reshape(-1), b.reshape(-1))  # without the product as a temporary
 
 
 def _wide(tensor: Tensor) -> Tensor:

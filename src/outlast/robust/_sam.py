@@ -106,6 +106,7 @@ class _Progress:
     last: SAMStats | None = None
     backups: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     component: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    component_norm: Tensor | None = None
     grads_at_weights: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
@@ -539,7 +540,7 @@ class SAM(Optimizer):
         grads = [move.grad for move in moves]
         self._refuse_sharded(move.parameter for move in moves)
         if self._looksam:
-            self._now.grads_at_weights = {p: p.grad.float().clone() for p in self._parameters() if p.grad is not None}
+            self._keep_grads()
         moving = [move for move in moves if move.radius != 0.0]
         self._warn_low_precision(moving)
         self._back_up([move.parameter for move in moving])
@@ -623,6 +624,18 @@ class SAM(Optimizer):
 
     # ---- LookSAM ---------------------------------------------------------------------------------------------------
 
+    def _keep_grads(self) -> None:
+        # into the place of the old component, which this step replaces: allocation would cost more than the copy
+        places, self._now.component = self._now.component, {}
+        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
+        kept: dict[nn.Parameter, Tensor] = {}
+        for p, grad in grads.items():
+            place = places.get(p)
+            fits = place is not None and place.device == grad.device and place.shape == grad.shape
+            kept[p] = place if place is not None and fits else torch.empty_like(grad, dtype=torch.float32)
+        _foreach.copy_(list(kept.values()), list(grads.values()), foreach=self._foreach)
+        self._now.grads_at_weights = kept
+
     @torch.no_grad()
     def _keep_component(self) -> None:
         """Keep the part of the SAM gradient orthogonal to the gradient, over the whole vector, in float32 (LookSAM)."""
@@ -635,9 +648,13 @@ class SAM(Optimizer):
         product = _foreach.dot(s, g)
         finite = torch.isfinite(square) & torch.isfinite(product)
         share = torch.where(finite & (square > 0), product / square, torch.zeros_like(square))
-        self._now.component = {
-            p: torch.where(finite.to(grad.device), grad - share.to(grad.device) * plain[p], 0.0) for p, grad in sharp.items()
-        }
+        _foreach.mul_(g, -share, foreach=self._foreach)
+        _foreach.add_(g, s, foreach=self._foreach)
+        if finite.device.type != "cpu" or not bool(finite):
+            for part in g:
+                part.masked_fill_(~finite.to(part.device), 0.0)
+        self._now.component = dict(zip(sharp, g, strict=True))
+        self._now.component_norm = None
 
     @torch.no_grad()
     def _reuse_component(self) -> None:
@@ -646,7 +663,9 @@ class SAM(Optimizer):
         if not present:
             return
         norm = _foreach.norm([p.grad for p in self._parameters() if p.grad is not None], foreach=self._foreach)
-        kept = _foreach.norm([component[p] for p in component], foreach=self._foreach)
+        if self._now.component_norm is None:
+            self._now.component_norm = _foreach.norm(list(component.values()), foreach=self._foreach)
+        kept = self._now.component_norm
         factor = torch.where(kept > 0, self._alpha * norm / kept, torch.zeros_like(norm))
         if factor.device.type == "cpu":
             grads = [p.grad for p in present if p.grad is not None]
