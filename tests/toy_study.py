@@ -26,7 +26,7 @@ def cell(config, seed, context):
             file.write(f"{config.gain} {seed}\n")
     for epoch in range(config.size):
         time.sleep(config.wait)
-        context._report(epoch + 1, config.size, 1.0)
+        context.report(epoch + 1, config.size, 1.0)
     if config.fail == "raise" and config.gain:
         raise ValueError("told to fail")
     value = float("nan") if config.fail == "nan" else config.base + config.gain + 0.01 * seed

@@ -38,8 +38,10 @@ def test_embedded_files_fit_the_limit_and_carry_licence_and_provenance():
     assert sum(path.stat().st_size for path in EMBEDDED.rglob("*")) < 16e6
     for folder in EMBEDDED.iterdir():
         assert (folder / "LICENSE.txt").stat().st_size > 500
-        embedded = json.loads((folder / "PROVENANCE.json").read_text())["sha256_of_idx_bytes"]["embedded"]
-        for name, checksum in embedded.items():
+        provenance = json.loads((folder / "PROVENANCE.json").read_text())
+        for name, checksum in provenance.get("sha256", {}).items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum
+        for name, checksum in provenance.get("sha256_of_idx_bytes", {"embedded": {}})["embedded"].items():
             assert hashlib.sha256(lzma.decompress((folder / f"{name}.xz").read_bytes())).hexdigest() == checksum
 
 

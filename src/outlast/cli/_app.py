@@ -203,7 +203,7 @@ def report(
 @data_app.default
 def list_data() -> int:
     """List the data sets: what is embedded, what lies in OUTLAST_DATA, and how to get the rest."""
-    from outlast.data import DATASETS, data_folder, find
+    from outlast.data import DATASETS, WEIGHTS, data_folder, find, find_weights
     from outlast.errors import MissingDataError
 
     folder = data_folder()
@@ -220,6 +220,12 @@ def list_data() -> int:
             print(f"  full {split}, {count:,} images: {where}")
         if entry.note:
             print(f"  note: {entry.note}")
+    for name, weights in WEIGHTS.items():
+        print(f"\n{name}: weights of a {weights.content}\n  licence: {weights.licence}\n  source: {weights.source}")
+        try:
+            print(f"  file: {find_weights(name)}")
+        except MissingDataError as error:
+            print(f"  {error}")
     return OK
 
 
@@ -313,7 +319,7 @@ def _print_summary(summary: Summary) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)  # a file has no width to wrap to
     console.print(Text(f"\n{summary.name} ({summary.scale} scale, {summary.seeds} seeds): {summary.question}", style="bold"))
     if summary.not_run:
         console.print(Text(f"not run: {summary.not_run}"))

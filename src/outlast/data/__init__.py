@@ -3,5 +3,20 @@
 from outlast.data._fetch import fetch
 from outlast.data._load import ImageSet, load, standardise
 from outlast.data._registry import DATASETS, DatasetInfo, data_folder, find, info
+from outlast.data._weights import WEIGHTS, WeightsInfo, find_weights, load_weights
 
-__all__ = ["DATASETS", "DatasetInfo", "ImageSet", "data_folder", "fetch", "find", "info", "load", "standardise"]
+__all__ = [
+    "DATASETS",
+    "WEIGHTS",
+    "DatasetInfo",
+    "ImageSet",
+    "WeightsInfo",
+    "data_folder",
+    "fetch",
+    "find",
+    "find_weights",
+    "info",
+    "load",
+    "load_weights",
+    "standardise",
+]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from outlast._core import _checks, _foreach
+from outlast._core._norm import eval_mode
 from outlast._core._perturbation import (
     ball_step,
     batch_size,
@@ -401,10 +402,5 @@ def _evaluated(model: nn.Module) -> Generator[list[tuple[str, nn.Parameter]]]:
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError("the model has no parameters with requires_grad, so there is nothing to perturb")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with eval_mode(model):
         yield named
-    finally:
-        for module, training in modes:
-            module.training = training

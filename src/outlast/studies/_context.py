@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 Report = Callable[[int, int, float], None]
+_SHARED: dict[tuple[Hashable, ...], Any] = {}
+_SHARED_LIMIT = 6
 
 
 class Context:
@@ -32,6 +34,7 @@ class Context:
     def __init__(self, seed: int, launch: Mapping[str, Any], report: Report) -> None:
         fabric_module = require("lightning_fabric", extra="train", purpose="the training loop of studies")
         self.seed = seed
+        self._launch = dict(launch)
         self.sharded = launch["strategy"] == "fsdp"
         strategy: Any = launch["strategy"]
         if self.sharded:
@@ -41,12 +44,25 @@ class Context:
             accelerator=launch["accelerator"], devices=launch["devices"], precision=launch["precision"], strategy=strategy
         )
         self.fabric.launch()
-        self._report = report
+        self.report = report  # of (step, steps, loss), for cells with a loop of their own
         self._unsharded: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def generator(self, name: str, index: int = 0) -> torch.Generator:
         """A generator that is a function of (seed, name, index): arms of one seed draw the same data, order and start."""
         return _random.generator(self.seed, name, index)
+
+    def shared(self, key: tuple[Hashable, ...], build: Callable[[], Any]) -> Any:
+        """Work that several cells of one seed have in common, such as a trained source model, done once a process.
+
+        ``build`` must be a pure function of the seed and of what ``key`` holds, and nobody may change what it gives: then
+        a cell's result is the same whether the work was done before or not. The latest few are kept.
+        """
+        full = (self.seed, *sorted(self._launch.items()), *key)
+        if full not in _SHARED:
+            while len(_SHARED) >= _SHARED_LIMIT:
+                del _SHARED[next(iter(_SHARED))]
+            _SHARED[full] = build()
+        return _SHARED[full]
 
     def initialise(self, build: Callable[[], nn.Module]) -> nn.Module:
         """Build a model with an initialisation that is a function of the seed, leaving torch's generator alone."""
@@ -68,8 +84,9 @@ class Context:
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         after_epoch: Callable[[nn.Module, int], None] | None = None,
         max_steps: int | None = None,
+        schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None,
     ) -> nn.Module:
-        """Train with a cosine schedule that ends at zero, and return the wrapped model.
+        """Train with a cosine schedule that ends at zero (or ``schedule(optimizer, steps)``), and return the wrapped model.
 
         Every epoch goes through a fresh permutation and drops the incomplete last batch. With several devices each takes
         an equal share of every batch. Each update is one ``optimizer.step(closure)``, or ``step([closures])`` over
@@ -87,7 +104,11 @@ class Context:
         images, labels = images.to(fabric.device), labels.to(fabric.device)
         steps_per_epoch = len(images) // batch_size
         total = epochs * steps_per_epoch
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, total)
+        rates = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, total)
+            if schedule is None
+            else schedule(optimizer.optimizer, total)
+        )
         share = batch_size // fabric.world_size
         done = 0
         for epoch in range(epochs):
@@ -101,7 +122,7 @@ class Context:
                 batch = images[index] if augment is None else augment(images[index], stream)
                 closures = self._closures(model, optimizer, batch, labels[index], loss_fn, micro_batch)
                 loss = optimizer.step(closures[0] if micro_batch is None else closures)
-                schedule.step()
+                rates.step()
                 loss_sum += loss.detach()
                 done += 1
                 if done == max_steps:
@@ -111,7 +132,7 @@ class Context:
                 raise DivergedError(f"the training loss is {mean} after epoch {epoch + 1}")
             if after_epoch is not None:
                 after_epoch(model, epoch)
-            self._report(epoch + 1, epochs, mean)
+            self.report(epoch + 1, epochs, mean)
         return model
 
     def _closures(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,15 @@ def mlp(*widths: int) -> nn.Sequential:
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def small_conv(norm: Literal["batch", "group"], num_classes: int = 10) -> nn.Sequential:
+    """Five 3x3 convolutions (16, 32, 32, 64, 64 channels, strides 1, 2, 1, 2, 1) with normalisation, for 28x28 grey images."""
+    layers: list[nn.Module] = []
+    for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)):
+        normalise = nn.BatchNorm2d(after) if norm == "batch" else nn.GroupNorm(8, after)
+        layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), normalise, nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
 
 
 class _Block(nn.Module):

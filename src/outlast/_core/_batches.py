@@ -1,0 +1,38 @@
+"""What a loader yields, and how a model takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def arguments_of(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that a batch gives a model.
+
+    A tensor is the input; of a tuple or list the first entry is (what follows is labels and the like); a mapping is
+    keyword arguments, as transformers' models take them.
+    """
+    if isinstance(batch, Mapping):
+        return (), {str(key): value for key, value in cast("Mapping[object, Any]", batch).items()}
+    if isinstance(batch, tuple | list):
+        if not batch:
+            raise ValueError("a batch is an empty tuple: it must hold the model's input first")
+        return (cast("tuple[Any, ...]", batch)[0],), {}
+    return (batch,), {}
+
+
+def call_with(model: nn.Module, batch: object) -> Any:
+    """``model(...)`` on a batch of a loader."""
+    args, kwargs = arguments_of(batch)
+    return model(*args, **kwargs)
+
+
+def rows_of(arguments: object) -> int | None:
+    """Number of rows: the leading dimension of the first tensor in any nesting; None where there is none."""
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return int(leaf.shape[0])
+    return None

@@ -1,0 +1,136 @@
+"""Where normalisation layers take their statistics from: the batch, the source, or something between.
+
+Buffers are never deleted or written: which statistics count is a matter of two flags that torch's layers (and timm's with
+an activation, and SyncBatchNorm) read, and of a hook for the modes between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from outlast._core._norm import has_running_statistics, is_batch_norm
+
+Mode = Literal["batch", "source", "ema", "blend"]
+MODES: tuple[Mode, ...] = ("batch", "source", "ema", "blend")
+
+
+class Statistics:
+    """The layers of a model that keep running statistics, and the mode that they are in.
+
+    - ``"batch"``: mean and biased variance of the present batch (InstanceNorm: of the instance).
+    - ``"source"``: the running statistics of the training.
+    - ``"blend"``: ``N/(N+n)`` of the source's and ``n/(N+n)`` of the batch's, ``n`` being the batch's rows.
+    - ``"ema"``: a running estimate that starts at the source's and takes ``momentum`` of each batch.
+    """
+
+    def __init__(self, model: nn.Module, mode: Mode, *, prior: int, momentum: float) -> None:
+        self.mode: Mode = mode
+        self.prior = prior
+        self.momentum = momentum
+        self.layers = [module for module in model.modules() if isinstance(module, _NormBase) and has_running_statistics(module)]
+        self.always_batch = [module for module in model.modules() if is_batch_norm(module) and not has_running_statistics(module)]
+        self._now: Mode = mode
+        self._fixed = False
+        self._running: list[tuple[Tensor, Tensor]] | None = None
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        if mode in ("ema", "blend"):
+            for number, layer in enumerate(self.layers):
+                if is_batch_norm(layer):
+                    layer.register_forward_pre_hook(_Mixing(self, number))
+
+    def use(self, mode: Mode, *, fixed: bool = False) -> None:
+        """Put the layers in a mode for the next forward passes; ``fixed`` keeps ``"ema"`` from taking in the batch."""
+        self._now, self._fixed = mode, fixed
+        of_batch = mode == "batch"
+        for layer in self.layers:
+            layer.track_running_stats = not of_batch
+            layer.training = of_batch and is_batch_norm(layer)
+
+    @property
+    def running(self) -> list[tuple[Tensor, Tensor]]:
+        """The running estimate of ``"ema"``: mean and variance of each layer."""
+        if self._running is None:
+            self._running = [(_mean(layer).clone(), _var(layer).clone()) for layer in self.layers]
+        return self._running
+
+    def commit(self) -> None:
+        """Let the running estimate take in the batch that went through."""
+        for number, pair in self._pending.items():
+            self.running[number] = pair
+        self._pending = {}
+
+    def discard(self) -> None:
+        """Forget the batch that went through."""
+        self._pending = {}
+
+    def reset(self) -> None:
+        """Back to the source's statistics."""
+        self._running, self._pending = None, {}
+
+    def mixed(self, number: int, x: Tensor) -> Tensor:
+        """``x`` changed so that the layer, using its source statistics, normalises with the mixed ones.
+
+        With ``h' = (h - mu) sqrt((var_s + eps) / (var + eps)) + mu_s`` the layer's own forward gives what it would give
+        with ``mu`` and ``var``, whatever it does besides (an activation, say).
+        """
+        layer = self.layers[number]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_s, var_s = _mean(layer), _var(layer)
+        if self._now == "ema" and self._fixed:
+            mean, var = self.running[number]
+        else:
+            var_b, mean_b = torch.var_mean(h, [0, *range(2, h.ndim)], correction=0)
+            if self._now == "blend":
+                share = len(x) / (self.prior + len(x))
+                mean, var = torch.lerp(mean_s, mean_b, share), torch.lerp(var_s, var_b, share)
+            else:
+                mean, var = (torch.lerp(old, new, self.momentum) for old, new in zip(self.running[number], (mean_b, var_b), strict=True))
+                self._pending[number] = (mean.detach(), var.detach())
+        scale = torch.sqrt((var_s + layer.eps) / (var + layer.eps))
+        return ((h - mean.view(shape)) * scale.view(shape) + mean_s.view(shape)).to(x.dtype)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the present mode lies between batch and source."""
+        return self._now in ("ema", "blend")
+
+    def to_state(self) -> list[tuple[Tensor, Tensor]] | None:
+        """The running estimate, or None where it is still the source's."""
+        return self._running
+
+    def from_state(self, state: Iterable[tuple[Tensor, Tensor]] | None) -> None:
+        """Take a running estimate."""
+        self._pending = {}
+        self._running = None if state is None else [(mean.clone(), var.clone()) for mean, var in state]
+
+    def apply(self, move: Any) -> None:
+        """Move the running estimate with the model (``nn.Module._apply``)."""
+        if self._running is not None:
+            self._running = [(move(mean), move(var)) for mean, var in self._running]
+
+
+class _Mixing:
+    """The hook of one layer; an object, so that a copy of the adapter copies it with its statistics."""
+
+    def __init__(self, statistics: Statistics, number: int) -> None:
+        self._statistics = statistics
+        self._number = number
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self._statistics.mixes:
+            return None
+        return (self._statistics.mixed(self._number, inputs[0]), *inputs[1:])
+
+
+def _mean(layer: _NormBase) -> Tensor:
+    return cast("Tensor", layer.running_mean)
+
+
+def _var(layer: _NormBase) -> Tensor:
+    return cast("Tensor", layer.running_var)
