@@ -109,6 +109,7 @@ def _child(rank: int, work: Callable[..., Any], folder: str, count: int) -> None
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     try:
         torch.save(work(rank, count), Path(folder) / f"{rank}.pt")
+        torch.distributed.barrier()  # gloo aborts a process whose peer is gone before it
     finally:
         torch.distributed.destroy_process_group()
 
@@ -172,3 +173,26 @@ def fsdp_run(rank: int, count: int) -> dict[str, Any]:
         "weights": [parameter.full_tensor().detach() for parameter in model.parameters()],
         "norm": float(optimizer.last.grad_norm),
     }
+
+
+def tent_run(rank: int, count: int) -> dict[str, Any]:
+    """Adapt on a batch that the processes share; a model without BatchNorm gives what one process gives."""
+    import warnings
+
+    from outlast.adapt import CollapseAlarm, Diversity, EntropyFilter, Recovery, RedundancyFilter, Tent
+
+    result: dict[str, Any] = {}
+    guards = {
+        "plain": list,
+        "guarded": lambda: [EntropyFilter(0.97), RedundancyFilter(0.999), Recovery(), Diversity(0.5), CollapseAlarm(16)],
+    }
+    for name, make in guards.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter = Tent(model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), guards=make())
+        for batch in batches(4, size=16):
+            adapter(_shard(batch, rank, count)[0])
+        result[name] = snapshot(adapter.model)
+    return result

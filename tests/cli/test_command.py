@@ -162,3 +162,64 @@ def test_core_needs_torch_and_numpy_alone():
         "assert len(load('mnist', variant='small')) == 10_000\n"
     )
     subprocess.run([sys.executable, "-c", code, EXTRAS], check=True)
+
+
+def test_dimension_of_a_data_set_a_file_and_a_folder(tmp_path):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(300, 4)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    np.savez(tmp_path / "rows.npz", rows=rows)
+    (tmp_path / "images").mkdir()
+    image_module = pytest.importorskip("PIL.Image", reason="pillow (extra vision) is not installed")
+    for number in range(120):
+        image_module.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    found = {}
+    for name in ("rows.npy", "rows.npz", "images"):
+        done = outlast("diagnose", "dimension", tmp_path / name, "--k", "3,10", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        found[name] = json.loads(done.stdout)
+    assert found["rows.npy"] == found["rows.npz"]
+    assert found["rows.npy"]["value"] == pytest.approx(4, rel=0.15)
+    assert found["images"]["n"] == 120
+    done = outlast("diagnose", "dimension", "mnist", "--anchors", "200", "--figure", tmp_path / "a" / "figure.svg", OUTLAST_DATA="")
+    assert done.returncode == 0
+    assert "200 anchors among 10,000 distinct rows" in done.stdout
+    assert "</svg>" in (tmp_path / "a" / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["nowhere"], 1, "no such file or folder"),
+        (["mnist", "--k", "3,x"], 2, "--k takes integers"),
+        (["mnist", "--k", "1"], 2, "k must be at least 2"),
+        (["mnist", "--split", "validation"], 2, "split must be"),
+        (["mnist", "--method", "guess"], 2, "method must be"),
+        (["empty"], 1, "holds no images"),
+        (["text.txt"], 2, "give a .npy or .npz file"),
+        (["broken.npy"], 1, "cannot be read as an array"),
+        (["objects.npy"], 1, "cannot be read as an array"),
+        (["two.npz"], 2, "holds 2 arrays"),
+        (["cut.npz"], 1, "cannot be read as an array"),
+        (["objects.npz"], 1, "cannot be read as an array"),
+        (["words.npy"], 2, "real numbers"),
+    ],
+)
+def test_dimension_mistakes_are_one_line(tmp_path, words, code, says):
+    import numpy as np
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("1 2 3")
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object))
+    np.save(tmp_path / "words.npy", np.array([["a"], ["b"]]))
+    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "two.npz").read_bytes()[:200])
+    here = tmp_path / words[0]
+    done = outlast("diagnose", "dimension", here if here.exists() else words[0], *words[1:])
+    assert done.returncode == code
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -268,3 +268,71 @@ def test_paper_scale_builds_and_trains_two_steps(tmp_path):
     short_cell = replace(wanted[0], config={**wanted[0].config, "train_size": 64})
     record = compute(short_cell, lambda *_: None)
     assert record["metrics"]["final"] >= 0
+
+
+def test_shared_work_is_done_once_for_a_seed_and_a_key():
+    from dataclasses import asdict
+
+    from outlast.studies._context import Context
+
+    calls = []
+
+    def work(context, key):
+        return context.shared(key, lambda: calls.append((context.seed, key)) or len(calls))
+
+    first, second = (Context(seed, asdict(Launch("cpu")), lambda *_: None) for seed in (101, 102))
+    assert work(first, ("a",)) == work(first, ("a",))
+    work(second, ("a",))
+    work(first, ("b",))
+    assert calls == [(101, ("a",)), (102, ("a",)), (101, ("b",))]
+
+
+def test_every_study_declares_what_it_claims():
+    from outlast.studies import names
+
+    for name in names():
+        study = get(name)
+        for part in study.parts:
+            for scale in part.scales:
+                grid = cells(study, Plan(name, scale, 3, (part.name,), {}, Launch("cpu")))
+                assert len({cell.key for cell in grid}) == len(grid)
+                assert all(cell.launch["threads"] == 1 for cell in grid)
+            assert part.claims
+            assert all(set(claim.scales) & set(part.scales) for claim in part.claims)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "short"),
+    [
+        ("tent", "fashion", {"train_size": "512", "epochs": "1", "images": "200"}),
+        ("tent", "groupnorm", {"train_size": "512", "epochs": "1", "images": "200"}),
+        ("intrinsic-dimension", "real", {"anchors": "100"}),
+        ("intrinsic-dimension", "ladder", {"draws": "1", "n": "300"}),
+        ("intrinsic-dimension", "upscaling", {}),
+        ("intrinsic-dimension", "learning", {"draws": "1", "steps": "5"}),
+    ],
+)
+def test_parts_run_and_repeat(tmp_path, name, part, short):
+    from outlast.report import render
+    from outlast.studies import _context
+
+    runs = []
+    for folder in ("a", "b"):
+        _context._SHARED.clear()
+        runs.append(run(get(name), Plan(name, "quick", 1, (part,), short, Launch("cpu")), tmp_path / folder, QuietProgress()))
+    assert runs[0].complete
+    assert {k: r["metrics"] for k, r in runs[0].records.items()} == {k: r["metrics"] for k, r in runs[1].records.items()}
+    page = render([summarise(runs[0], "command")])
+    assert page.count('<li><span class="verdict') == sum("quick" in claim.scales for claim in get(name).part(part).claims)
+
+
+@pytest.mark.data
+def test_generative_part_runs_short():
+    short = {"steps": "3", "n": "200", "train_size": "200"}
+    study = get("intrinsic-dimension")
+    grid = cells(study, Plan(study.name, "standard", 1, ("gan",), short, Launch("cpu")))
+    if not os.environ.get("OUTLAST_DATA"):
+        pytest.skip("OUTLAST_DATA is not set: no full Fashion-MNIST")
+    record = compute(grid[0], lambda *_: None)
+    assert set(record["metrics"]) == {"d2", "d4", "d8", "d16", "d32"}
+    assert len(record["series"]["samples 2"]) == 8 * 14 * 14

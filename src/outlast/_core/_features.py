@@ -38,12 +38,19 @@ def layer_features(
         if name not in modules:
             raise ValueError(f"the model has no layer {name!r}; some of its layers: {', '.join(list(modules)[1:9])}")
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+    seen: set[str] = set()
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             if not isinstance(output, Tensor):
                 raise TypeError(f"layer {name!r} puts out {type(output).__name__}, not a tensor; name a layer inside it")
-            flat = output.detach().flatten(2).mean(2) if pool == "mean" and output.ndim > 2 else output.detach().flatten(1)
+            if name in seen:
+                raise ValueError(
+                    f"layer {name!r} runs more than once in a forward pass, so its rows would mix; name a layer that runs once"
+                )
+            seen.add(name)
+            values = output.detach()[:, None] if output.ndim == 1 else output.detach()
+            flat = values.flatten(2).mean(2) if pool == "mean" and values.ndim > 2 else values.flatten(1)
             rows[name].append(flat.float().cpu())
 
         return hook
@@ -53,8 +60,9 @@ def layer_features(
     try:
         with eval_mode(model), torch.no_grad():
             for batch in batches:
+                seen.clear()
                 call_with(model, batch)
-                count = sum(map(len, rows[layers[0]])) if layers else 0
+                count = min((sum(map(len, found)) for found in rows.values()), default=0)
                 if max_rows is not None and count >= max_rows:
                     break
     finally:

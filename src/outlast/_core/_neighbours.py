@@ -60,12 +60,15 @@ class _Search:
         for part in data.split(block[1]):
             total += part.sum(0, dtype=torch.float64)
         self.centre = total / self.n
+        # a power of two brings all values to about 1, exactly: squares neither over- nor underflow, whatever the units
+        largest = max(float((part.double() - self.centre).abs().max()) for part in data.split(block[1]))
+        self.scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
         self.longest = 0.0
         self.copy: Tensor | None = None
 
     def centred(self, values: Tensor) -> Tensor:
-        """Float32 values around the data's mean: an offset would cost the product its digits."""
-        return (values - self.centre.to(values.dtype)).to(torch.float32)
+        """Scaled float32 values around the data's mean: an offset would cost the product its digits."""
+        return ((values - self.centre.to(values.dtype)) * self.scale).to(torch.float32)
 
     def augmented(self, values: Tensor) -> Tensor:
         """``[y, |y|^2, 1]``, filled up with rows that are far from everything."""
@@ -153,7 +156,7 @@ class _Search:
         for begin in range(0, m, step):
             here = index[begin : begin + step]
             gaps = self.data[here.reshape(-1)].view(*here.shape, self.d)
-            gaps = _wide(gaps) - _wide(points[begin : begin + step, None])
+            gaps = (_wide(gaps) - _wide(points[begin : begin + step, None])) * self.scale
             distances[begin : begin + step] = torch.linalg.vector_norm(gaps, dim=2).double()
         if own is not None:
             distances.masked_fill_(index == own[:, None], math.inf)
@@ -161,9 +164,11 @@ class _Search:
         index = index.gather(1, places)
         distances, index = distances[:, : self.k], index[:, : self.k]
         if count >= self.n:
-            return distances, index
+            return distances / self.scale, index
         error = 8.0 * torch.finfo(torch.float32).eps * math.sqrt(self.d) * (norms.double() + self.longest)
-        unsure = (distances[:, -1] ** 2 > squares.double().amax(1) - error).nonzero()[:, 0]
+        sure = distances[:, -1] ** 2 <= squares.double().amax(1) - error
+        distances = distances / self.scale
+        unsure = (~sure).nonzero()[:, 0]
         if len(unsure):
             source, mine = (self.data, own[unsure]) if own is not None else (points[unsure], None)
             distances[unsure], index[unsure] = self.of(source, mine, 2 * extra + 1)

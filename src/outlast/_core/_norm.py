@@ -89,6 +89,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[object]) -> None:
     if not layers:
         raise ValueError("the model has no BatchNorm layer with running statistics, so there is nothing to recalibrate")
     momenta = [layer.momentum for layer in layers]
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     count = 0
     with eval_mode(model), torch.no_grad():
         try:
@@ -100,6 +101,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[object]) -> None:
                         layer.train()
                 call_with(model, batch)
                 count += 1
+        except BaseException:
+            for buffer, value in kept:
+                buffer.copy_(value)
+            raise
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum

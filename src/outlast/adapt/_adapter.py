@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from outlast._core import _checks, _foreach
 from outlast._core._batches import arguments_of, rows_of
@@ -39,7 +39,7 @@ from outlast.adapt._guards import (
 from outlast.adapt._parameters import NormAffineExcept
 from outlast.adapt._report import ClassifierReport
 from outlast.adapt._statistics import MODES, Mode, Statistics
-from outlast.errors import DivergedError, OutlastWarning, UnsupportedError
+from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
 
 _SMOOTHING = 0.9
 _HISTORY = 2000
@@ -152,6 +152,12 @@ class TestTimeAdapter(nn.Module):
         self._accumulate = _checks.integer("accumulate", accumulate, low=1)
         if not (params == "norm_affine" or callable(params)):
             raise ValueError(f"params must be 'norm_affine' or a predicate of name and parameter, got {params!r}")
+        if self._steps > 1 and self._accumulate > 1:
+            raise ValueError("steps > 1 takes its steps on one batch, accumulate > 1 takes one step on several: choose one of them")
+        if self._episodic and (self._accumulate > 1 or any(isinstance(guard, RingBuffer) for guard in guards)):
+            raise ValueError(
+                "episodic=True forgets all before each batch, so neither accumulate > 1 nor a RingBuffer can ever lead to a step"
+            )
         if self._episodic and not keep_source:
             raise ValueError("episodic=True goes back to the source before each batch, which keep_source=False does not keep")
         names = _adapted_names(model, params) if self._steps else []
@@ -160,19 +166,8 @@ class TestTimeAdapter(nn.Module):
         self._guards = check_guards(guards, ("classifier", "parameters"), adapter=type(self).__name__, keeps_source=keep_source)
         self._loss = loss
         self._output_to_logits = output_to_logits
-        self.model = model if inplace else copy.deepcopy(model)
-        self.model._outlast_adapted = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-        self._flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        self.model.eval()
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        self._names = names
-        self._places = [_place(self.model, name) for name in names]
-        self._params: list[nn.Parameter] = []
-        self._statistics = Statistics(self.model, mode, prior=prior, momentum=momentum)
-        self._source: list[Tensor] | None = None
-        self._source_buffers: list[Tensor] = []
         self._keep = bool(keep_source)
+        self._names = names
         self._optimizer: Optimizer | None = None
         self._counters = _Counters()
         self._accumulated = _Accumulated()
@@ -182,9 +177,25 @@ class TestTimeAdapter(nn.Module):
         self._checked = False
         self._classes = 0
         self._warned: set[str] = set()
-        self._collect()
-        self._statistics.use(mode)
+        with torch.inference_mode(False):
+            self._take_model(model if inplace else copy.deepcopy(model), mode, prior, momentum)
         self._warn_at_start()
+
+    def _take_model(self, model: nn.Module, mode: Mode, prior: int, momentum: float) -> None:
+        self.model = model
+        self.model._outlast_adapted = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        self._flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self._places = [_place(self.model, name) for name in self._names]
+        self._params: list[nn.Parameter] = []
+        self._statistics = Statistics(self.model, mode, prior=prior, momentum=momentum)
+        self._source: list[Tensor] | None = None
+        self._source_buffers: list[Tensor] = []
+        self._restored = False  # whether a state of the adapter, rather than a new source, is being loaded into the model
+        self.model.register_load_state_dict_post_hook(_Reload(self))
+        self._collect()
 
     # ---- what users call -------------------------------------------------------------------------------------------
 
@@ -251,13 +262,29 @@ class TestTimeAdapter(nn.Module):
         """Back to the start: parameters, statistics, optimizer, guards, counters.
 
         Raises:
-            StateError: the source was not kept.
+            StateError: the source was not kept, or inside a :meth:`source` block.
         """
+        self._refuse_at_source("reset()")
         self._to_source()
         for guard in self._guards:
             guard.reset()
         self._counters = _Counters()
         self._window.clear()
+
+    def _new_source(self) -> None:
+        """A checkpoint was loaded into the model: it is the source from now on."""
+        if self._restored:
+            self._restored = False
+            return
+        self._refuse_at_source("load_state_dict() of the model")
+        self._snapshot()
+        self._statistics.reset()
+        self._optimizer = None
+        self._accumulated = _Accumulated()
+
+    def _refuse_at_source(self, call: str) -> None:
+        if self._at_source:
+            raise StateError(f"{call} inside source(), where the adapted parameters are put aside; leave the block first")
 
     @property
     def report(self) -> ClassifierReport:
@@ -274,7 +301,7 @@ class TestTimeAdapter(nn.Module):
             events=tuple(counters.events),
             history=np.asarray(counters.history, np.float64).reshape(-1, 2),
             entropy=counters.entropy,
-            marginal_entropy=self._window.marginal_entropy(self),
+            marginal_entropy=self._window.marginal_entropy(),
         )
 
     def merge(self, batches: Iterable[object] | None = None) -> nn.Module:
@@ -290,7 +317,9 @@ class TestTimeAdapter(nn.Module):
         mode = self._statistics.mode
         if batches is None and mode == "blend" and self._statistics.layers:
             raise ValueError("stats='blend' has no form as a plain module: give merge() batches to estimate statistics from")
+        self._refuse_at_source("merge()")
         plain = copy.deepcopy(self.model)
+        plain._load_state_dict_post_hooks.clear()
         for module in plain.modules():
             module._forward_pre_hooks = type(module._forward_pre_hooks)(
                 (key, hook) for key, hook in module._forward_pre_hooks.items() if type(hook).__name__ != "_Mixing"
@@ -299,7 +328,6 @@ class TestTimeAdapter(nn.Module):
         for name, parameter in plain.named_parameters():
             parameter.requires_grad_(self._flags[name])
         statistics = Statistics(plain, "source", prior=0, momentum=0.0)
-        statistics.use("source")
         plain.eval()
         if batches is not None:
             recalibrate_batchnorm(plain, batches)
@@ -369,10 +397,7 @@ class TestTimeAdapter(nn.Module):
 
     def _predict_and_adapt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._collect()
-        if self.model.training:
-            self.model.eval()
-        rows = rows_of((args, kwargs))
-        if rows is None:
+        if rows_of((args, kwargs)) is None:
             raise TypeError("the adapter needs a tensor among the model's arguments, to know the batch")
         if self._episodic:
             self._to_source()
@@ -380,58 +405,88 @@ class TestTimeAdapter(nn.Module):
                 guard.reset()
             self._counters.frozen = False
         counters = self._counters
-        counters.seen += rows
+        counters.seen += rows_of((args, kwargs)) or 0
         feed = Feed(args, kwargs)
-        if rows == 0 or rows < self._min_batch:
-            counters.skipped += 1
-            return self._small_batch(feed, rows)
-        for guard in self._guards:
-            feed = guard.before_forward(feed)
-        mode = self._statistics.mode if feed.settled else "source"
-        self._check_single_row(feed, mode)
-        adapting = feed.adapt and feed.settled and not counters.frozen and self._steps > 0
-        if not adapting and self._steps > 0 and feed.adapt:
+        if rows_of((args, kwargs)):
+            for guard in self._guards:
+                feed = guard.before_forward(feed)
+        small = (rows_of((feed.args, feed.kwargs)) or 0) < max(1, self._min_batch)
+        mode = self._mode_for(feed)
+        willing = feed.adapt and feed.settled and not small and self._steps > 0 and not counters.frozen
+        # all processes take a step or none: a collective that some skip would never end
+        count, smalls = self.all_sum(torch.tensor([float(willing), float(small)], device=self._device)).tolist()
+        adapting = count == _world()
+        if feed.adapt and not adapting and (self._steps > 0 or small):
             counters.skipped += 1
         output: Any = None
-        for _ in range(self._steps if adapting else 1):
+        fine = True
+        for step in range(self._steps if adapting else 1):
             output, logits = self._run(feed, mode, grad=adapting)
             if adapting:
-                self._update(logits)
-        if not adapting:
-            self._statistics.commit()
-        if adapting and self._after:
+                fine = self._update(logits, first=step == 0)
+                if not fine:
+                    break
+            elif not small:
+                fine = self._is_fine(logits)
+        if fine and feed.adapt and not small:
+            self._statistics.commit()  # once a batch, whatever the steps; of a buffer, once it is new
+        if adapting and fine and self._after:
             output, _ = self._run(feed, mode, grad=False)
         self._statistics.discard()
-        output = _detached(output)
-        if feed.newest is not None and feed.newest < (rows_of((feed.args, feed.kwargs)) or 0):
-            output = _last_rows(output, feed.newest)
-        self._follow(output)
+        output = _newest(_detached(output), feed)
+        if smalls == 0:
+            self._follow(output)
         return output
 
-    def _run(self, feed: Feed, mode: Mode, *, grad: bool) -> tuple[Any, Tensor]:
-        self._statistics.use(mode)
+    @property
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def _mode_for(self, feed: Feed) -> Mode:
+        """The statistics that a batch of this size is predicted with."""
+        rows = rows_of((feed.args, feed.kwargs)) or 0
+        if self._at_source or rows == 0 or not feed.settled:
+            return "source"
+        if rows < self._min_batch:
+            return "blend" if self._statistics.mode == "blend" else "source"
+        if rows == 1 and self._statistics.mode == "batch" and not any(isinstance(guard, RingBuffer) for guard in self._guards):
+            self._warn_single_row()
+        return self._statistics.mode
+
+    def _run(self, feed: Feed, mode: Mode, *, grad: bool, fixed: bool = False) -> tuple[Any, Tensor]:
+        output = self._call(feed, mode, grad=grad, fixed=fixed)
         with torch.set_grad_enabled(grad):
-            try:
-                output = self.model(*feed.args, **feed.kwargs)
-            except ValueError as error:
-                if "more than 1 value per channel" in str(error):
-                    raise ValueError(
-                        "a BatchNorm layer has one value a channel in this batch, so there are no batch statistics; use guards="
-                        "[RingBuffer()], stats='blend', or larger batches"
-                    ) from error
-                raise
             return output, self._logits(output)
 
-    def _plain_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._statistics.use("source" if self._at_source or rows_of((args, kwargs)) == 0 else self._statistics.mode, fixed=True)
-        with torch.no_grad():
-            return self.model(*args, **kwargs)
+    def _call(self, feed: Feed, mode: Mode, *, grad: bool, fixed: bool) -> Any:
+        if self.model.training:
+            self.model.eval()
+        with self._statistics.using(mode, fixed=fixed), torch.set_grad_enabled(grad):
+            try:
+                return self.model(*feed.args, **feed.kwargs)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise ValueError(
+                    "a BatchNorm layer has one value a channel in this batch, so there are no batch statistics; use guards="
+                    "[RingBuffer()], stats='blend', or larger batches"
+                ) from error
 
-    def _small_batch(self, feed: Feed, rows: int) -> Any:
-        blends = rows > 0 and self._statistics.mode == "blend"
-        self._statistics.use("blend" if blends else "source")
-        with torch.no_grad():
-            return self.model(*feed.args, **feed.kwargs)
+    def _plain_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        feed = Feed(args, kwargs)
+        if rows_of((args, kwargs)) and not self._at_source:
+            for guard in self._guards:
+                if isinstance(guard, RingBuffer):
+                    feed = guard.preview(feed)
+        return _newest(self._call(feed, self._mode_for(feed), grad=False, fixed=True), feed)
+
+    def _is_fine(self, logits: Tensor) -> bool:
+        """Whether a batch that leads to no step is finite; one that is not is counted like those that would."""
+        if bool(torch.isfinite(logits).all()):
+            self._counters.bad_in_a_row = 0
+            return True
+        self._note_bad_batch(skipped=self._counters.frozen is False and self._steps == 0)
+        return False
 
     def _logits(self, output: Any) -> Tensor:
         if self._output_to_logits is not None:
@@ -453,11 +508,13 @@ class TestTimeAdapter(nn.Module):
         if logits.ndim < 2 or logits.shape[1] < 2:
             hint = (
                 "; for one logit a row give the entropy of a Bernoulli variable as loss, on logits of two columns (0, z)"
-                if logits.ndim >= 1 and logits.shape[-1] == 1
+                if 1 in logits.shape[1:2]
                 else ""
             )
             raise ValueError(f"logits must have shape (B, C, ...) with C >= 2, got {tuple(logits.shape)}{hint}")
         self._classes = int(logits.shape[1])
+        if not len(logits):
+            return
         sums = logits.detach().float().sum(1)
         if bool((logits.detach() >= 0).all()) and bool(((sums - 1).abs() < 1e-4).all()):
             self._warn_once(
@@ -466,38 +523,43 @@ class TestTimeAdapter(nn.Module):
             )
         self._checked = True
 
-    def _update(self, logits: Tensor) -> None:
-        """Backward pass, and the optimizer's step where one is due. One transfer from the device for each batch."""
+    def _update(self, logits: Tensor, *, first: bool) -> bool:
+        """Backward pass, and the optimizer's step where one is due; False ends the batch's steps.
+
+        One transfer from the device for each step. Rows are counted at the first step of a batch.
+        """
         counters = self._counters
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         with torch.autocast(wide.device.type, enabled=False):
             objective, loss, used = self._objective(wide)
             grads = self._gradients(objective)
-        numbers = torch.stack([loss, used, _foreach.norm(grads).to(loss)]).tolist()
-        value, count, size = numbers
+        value, count, size = torch.stack([loss, used, _foreach.norm(grads).to(loss)]).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
-            self._statistics.discard()
-            self._skip_bad_batch()
-            return
-        self._statistics.commit()
+            self._note_bad_batch(skipped=True)
+            return False
         counters.bad_in_a_row = 0
         if count == 0:
             counters.skipped += 1
-            return
-        counters.used += int(count)
+            return True
+        if first:
+            counters.used += int(count)
         done = self._take(grads, value, count)
-        if done is None:
-            return
-        for parameter, grad in zip(self._params, done, strict=True):
+        if done is not None:
+            self._step(done)
+        return True
+
+    def _step(self, grads: list[Tensor]) -> None:
+        counters = self._counters
+        for parameter, grad in zip(self._params, grads, strict=True):
             parameter.grad = grad
         self._build_optimizer().step()
         for parameter in self._params:
             parameter.grad = None
         torch.clear_autocast_cache()  # autocast may hold copies of the parameters that just changed
         counters.updates += 1
-        loss_now = counters.last_loss
-        counters.loss = loss_now if math.isnan(counters.loss) else _SMOOTHING * counters.loss + (1 - _SMOOTHING) * loss_now
-        counters.history.append((counters.updates, loss_now))
+        loss = counters.last_loss
+        counters.loss = loss if math.isnan(counters.loss) else _SMOOTHING * counters.loss + (1 - _SMOOTHING) * loss
+        counters.history.append((counters.updates, loss))
         if len(counters.history) > _HISTORY:
             counters.history = counters.history[::2]
         for guard in self._guards:
@@ -514,6 +576,8 @@ class TestTimeAdapter(nn.Module):
         kept = torch.ones(len(values), dtype=torch.bool, device=values.device)
         for guard in self._guards:
             kept = guard.select(logits.detach(), kept)
+        for guard in self._guards:
+            guard.selected(logits.detach(), kept)
         own = torch.where(kept, values, 0.0).sum()
         sums = self.all_sum(torch.stack([own.detach(), kept.sum().to(own)]))
         objective = own / sums[1].clamp(min=1.0)
@@ -527,11 +591,15 @@ class TestTimeAdapter(nn.Module):
         if not objective.requires_grad:  # the logits do not depend on anything that is adapted
             return [torch.zeros_like(parameter) for parameter in self._params]
         sharded = any(map(_foreach.is_sharded, self._params))
-        # FSDP averages over the processes what is a sum here
-        (objective * _world() if sharded else objective).backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        for parameter in self._params:
+        for parameter in self._params:  # what the user's own training may have left
             parameter.grad = None
+        try:
+            # FSDP averages over the processes what is a sum here
+            (objective * _world() if sharded else objective).backward()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+        finally:
+            for parameter in self._params:
+                parameter.grad = None
         if _world() > 1 and not sharded:
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             torch.distributed.all_reduce(flat)
@@ -556,9 +624,9 @@ class TestTimeAdapter(nn.Module):
         self._counters.last_loss = held.loss / held.rows
         return [grad / held.rows for grad in held.grads]
 
-    def _skip_bad_batch(self) -> None:
+    def _note_bad_batch(self, *, skipped: bool) -> None:
         counters = self._counters
-        counters.skipped += 1
+        counters.skipped += skipped
         counters.bad_in_a_row += 1
         self.note("nonfinite")
         if counters.bad_in_a_row == 10:
@@ -571,15 +639,15 @@ class TestTimeAdapter(nn.Module):
     def _follow(self, output: Any) -> None:
         """The figures of the report, and the guards' look at what is returned."""
         logits = self._logits(output).float()
-        if not len(logits):
-            return
         p = row_probabilities(logits)
-        if not bool(torch.isfinite(p).all()):
-            return
-        mean_entropy = float(entropy(logits))
+        finite = torch.isfinite(p).all(1)
+        if not bool(finite.all()):
+            logits, p = logits[finite], p[finite]
         counters = self._counters
-        counters.entropy = mean_entropy if math.isnan(counters.entropy) else _SMOOTHING * counters.entropy + (1 - _SMOOTHING) * mean_entropy
-        self._window.add(p)
+        if len(logits):
+            mean = float(entropy(logits))
+            counters.entropy = mean if math.isnan(counters.entropy) else _SMOOTHING * counters.entropy + (1 - _SMOOTHING) * mean
+            self._window.add(p)
         if not counters.frozen:
             for guard in self._guards:
                 guard.after_batch(p, self)
@@ -589,16 +657,15 @@ class TestTimeAdapter(nn.Module):
     def _collect(self) -> None:
         """Look the adapted parameters up; they may have been replaced (``to_empty``, sharding) since the last batch."""
         current = [cast("nn.Parameter", module._parameters[leaf]) for module, leaf in self._places]
+        for parameter in current:
+            if not parameter.requires_grad:
+                parameter.requires_grad_(True)
         if len(current) == len(self._params) and all(a is b for a, b in zip(current, self._params, strict=True)):
             return
         replaced = bool(self._params)
         before, self._params = self._params, current
-        for parameter in current:
-            parameter.requires_grad_(True)
-        fresh = not replaced or self._counters.updates == 0
-        if fresh and self._keep:
-            self._source = [parameter.detach().clone() for parameter in current]
-            self._source_buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
+        if not replaced or self._counters.updates == 0:
+            self._snapshot()
         if self._optimizer is not None:
             positions = {parameter: number for number, parameter in enumerate(before)}
             for group in self._optimizer.param_groups:
@@ -606,6 +673,12 @@ class TestTimeAdapter(nn.Module):
             for old, new in zip(before, current, strict=True):
                 if old in self._optimizer.state:
                     self._optimizer.state[new] = self._optimizer.state.pop(old)
+
+    def _snapshot(self) -> None:
+        """Keep the present values as the source's."""
+        if self._keep:
+            self._source = [parameter.detach().clone() for parameter in self._params]
+            self._source_buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
 
     def _build_optimizer(self) -> Optimizer:
         if self._optimizer is None:
@@ -637,6 +710,7 @@ class TestTimeAdapter(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Everything beside the model that the next batch depends on: tensors and plain values."""
+        self._refuse_at_source("state_dict()")
         counters = dataclasses.asdict(self._counters)
         return {
             "version": _VERSION,
@@ -663,21 +737,28 @@ class TestTimeAdapter(nn.Module):
             raise ValueError(f"the state has version {state.get('version')!r}; this release reads version {_VERSION}")
         if state["names"] != self._names:
             raise ValueError(f"the state adapts other parameters: {_first_difference(state['names'], self._names)}")
-        load_guards(self._guards, state["guards"])
-        self._source = None if state["source"] is None else [value.clone() for value in state["source"]]
-        self._source_buffers = [value.clone() for value in state["buffers"]]
+        self._refuse_at_source("load_state_dict()")
+        device = self._device
+        load_guards(self._guards, state["guards"], device)
+        if state["source"] is not None:
+            self._source = [value.to(p.device, p.dtype, copy=True) for value, p in zip(state["source"], self._params, strict=True)]
+        pairs = zip(state["buffers"], self.model.buffers(), strict=True)
+        self._source_buffers = [value.to(b.device, b.dtype, copy=True) for value, b in pairs]
+        self._restored = True  # torch loads the model next
         self._optimizer = None
         if state["optimizer"] is not None:
             self._build_optimizer().load_state_dict(state["optimizer"])
         self._statistics.from_state(state["statistics"])
-        self._window.rows = state["window"]
+        self._window.rows = None if state["window"] is None else state["window"].to(device, copy=True)
         self._classes = int(state["classes"])
         self._checked = self._classes > 0
         counters = dict(state["counters"])
         counters["events"] = [(int(number), str(kind)) for number, kind in counters["events"]]
         counters["history"] = [(int(number), float(value)) for number, value in counters["history"]]
         self._counters = _Counters(**counters)
-        self._accumulated = _Accumulated(**state["accumulated"])
+        held = dict(state["accumulated"])
+        held["grads"] = [grad.to(p.device, p.dtype, copy=True) for grad, p in zip(held["grads"], self._params, strict=False)]
+        self._accumulated = _Accumulated(**held)
 
     def train(self, mode: bool = True) -> TestTimeAdapter:
         """Set the adapter's own flag; the model stays in eval mode, and statistics stay as ``stats`` says."""
@@ -692,6 +773,8 @@ class TestTimeAdapter(nn.Module):
             self._source_buffers = [fn(value) for value in self._source_buffers]
             self._statistics.apply(fn)
             self._accumulated.grads = [fn(value) for value in self._accumulated.grads]
+            for guard in self._guards:
+                guard.apply(fn)
             if self._optimizer is not None:
                 for entries in self._optimizer.state.values():
                     for key, value in entries.items():
@@ -727,9 +810,7 @@ class TestTimeAdapter(nn.Module):
         if self._statistics.mode == "source" and not self._steps:
             self._warn_once("stats='source' with no steps adapts nothing")
 
-    def _check_single_row(self, feed: Feed, mode: Mode) -> None:
-        if mode != "batch" or rows_of((feed.args, feed.kwargs)) != 1 or any(isinstance(g, RingBuffer) for g in self._guards):
-            return
+    def _warn_single_row(self) -> None:
         if any(map(is_batch_norm, self.model.modules())):
             self._warn_once(
                 "a batch of one row under stats='batch' normalises each image by itself, which destroys most predictions; use "
@@ -811,18 +892,48 @@ def _ordinary(leaf: Any) -> Any:
 
 def _detached(output: Any) -> Any:
     """The same kind of thing with all tensors detached."""
-    if dataclasses.is_dataclass(output) and not isinstance(output, type) and not isinstance(output, dict):
-        return dataclasses.replace(output, **{f.name: _detached(getattr(output, f.name)) for f in dataclasses.fields(output) if f.init})
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    return _each(output, Tensor.detach)
 
 
-def _last_rows(output: Any, count: int) -> Any:
-    total = rows_of(output)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type) and not isinstance(output, dict):
-        return dataclasses.replace(
-            output, **{f.name: _last_rows(getattr(output, f.name), count) for f in dataclasses.fields(output) if f.init}
-        )
-    return tree_map(lambda leaf: leaf[-count:] if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == total else leaf, output)
+def _newest(output: Any, feed: Feed) -> Any:
+    """The last rows of an output, where a buffer was fed for the sake of a few."""
+    total = rows_of((feed.args, feed.kwargs)) or 0
+    count = feed.newest
+    if count is None or count >= total:
+        return output
+    return _each(output, lambda leaf: leaf[-count:] if leaf.ndim > 0 and len(leaf) == total else leaf)
+
+
+def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of an output with its tensors changed, whatever holds them: containers, dataclasses, plain objects."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if output is None or isinstance(output, type | str | bytes | int | float | complex | nn.Module):
+        return output
+    holds = getattr(output, "__dict__", None)
+    if holds and not isinstance(output, dict | list | tuple):
+        changed = copy.copy(output)
+        for name, value in holds.items():
+            object.__setattr__(changed, name, _each(value, change))
+        return changed
+    leaves, form = tree_flatten(output)
+    if len(leaves) == 1 and leaves[0] is output:
+        return output
+    return tree_unflatten([_each(leaf, change) for leaf in leaves], form)
+
+
+class _Reload:
+    """Tells an adapter that a checkpoint was loaded into its model. A copy of the model alone tells nobody."""
+
+    def __init__(self, adapter: TestTimeAdapter | None) -> None:
+        self._adapter = adapter
+
+    def __call__(self, _module: nn.Module, _keys: object) -> None:
+        if self._adapter is not None:
+            self._adapter._new_source()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reload:
+        return _Reload(memo.get(id(self._adapter)))
 
 
 def _fields(output: Any) -> str:

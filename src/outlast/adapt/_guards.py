@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -106,6 +106,9 @@ class Guard:
         """Which rows count: bool, shape ``(B,)``, given float32 logits ``(B, C, ...)`` and the rows kept so far."""
         return kept
 
+    def selected(self, logits: Tensor, kept: Tensor) -> None:
+        """The rows that count after all guards have selected."""
+
     def penalty(self, logits: Tensor | None, adapter: Adapter) -> Tensor | None:
         """A 0-dim term added to the loss, with its gradient."""
         return None
@@ -122,6 +125,9 @@ class Guard:
     def reset(self) -> None:
         """Forget everything: as if new."""
         self.restored()
+
+    def apply(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Move tensors of the state as ``nn.Module.to`` moves the model's."""
 
     def state_dict(self) -> dict[str, Any]:
         """State as tensors and plain values."""
@@ -172,8 +178,13 @@ class RedundancyFilter(Guard):
         p = _row_probabilities(logits)
         if self._mean is not None:
             kept = kept & (torch.cosine_similarity(p, self._mean.to(p)[None], dim=1).abs() < self.threshold)
-        self._pending = torch.cat([(p * kept[:, None]).sum(0), kept.sum()[None].to(p)])
         return kept
+
+    def selected(self, logits: Tensor, kept: Tensor) -> None:
+        """Sum up the predictions that are used."""
+        p = _row_probabilities(logits)
+        sums = torch.cat([(p * kept[:, None]).sum(0), kept.sum()[None].to(p)])
+        self._pending = sums if self._pending is None else self._pending + sums
 
     def after_step(self, adapter: Adapter) -> None:
         """The mean moves by the rows that were used, over all processes."""
@@ -188,13 +199,17 @@ class RedundancyFilter(Guard):
         """Forget the mean."""
         self._mean = self._pending = None
 
+    def apply(self, move: Callable[[Tensor], Tensor]) -> None:
+        """The mean and what waits for it."""
+        self._mean, self._pending = (None if value is None else move(value) for value in (self._mean, self._pending))
+
     def state_dict(self) -> dict[str, Any]:
-        """The running mean."""
-        return {"mean": self._mean}
+        """The running mean, and what waits for the next step."""
+        return {"mean": self._mean, "pending": self._pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the running mean."""
-        self._mean, self._pending = state["mean"], None
+        """Take both."""
+        self._mean, self._pending = state["mean"], state["pending"]
 
 
 class Recovery(Guard):
@@ -280,8 +295,9 @@ class Diversity(Guard):
         assert logits is not None
         total = _row_probabilities(logits).sum(0)
         sums = adapter.all_sum(torch.cat([total.detach(), total.new_full((1,), float(len(logits)))]))
-        mean = (sums[:-1] + total - total.detach()) / sums[-1]
-        return -self.weight * torch.special.entr(mean).sum()
+        # clamped, since the derivative of the entropy is infinite at 0, where a class may be masked
+        mean = ((sums[:-1] + total - total.detach()) / sums[-1]).clamp(min=torch.finfo(total.dtype).tiny)
+        return self.weight * (mean * mean.log()).sum()
 
 
 class Anchor(Guard):
@@ -308,7 +324,8 @@ class Anchor(Guard):
                     raise ValueError(f"the Anchor's fisher has no entry for the adapted parameter {name!r}")
                 gap = gap * self.fisher[name].to(gap)
             parts.append(gap.sum())
-        return self.strength * torch.stack(parts).sum() / adapter.all_sum(torch.ones(()))
+        total = torch.stack(parts).sum()
+        return self.strength * total / adapter.all_sum(torch.ones_like(total))  # each process adds its share
 
     @staticmethod
     def fisher_of(model: nn.Module, batches: Iterable[object], *, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -426,13 +443,14 @@ class CollapseAlarm(Guard):
         self._warned = False
 
     def after_batch(self, probabilities: Tensor, adapter: Adapter) -> None:
-        """Look once, as soon as the window is full."""
+        """Look once, as soon as the window is full (over all processes, which all ask at every batch)."""
         self._rows.add(probabilities)
-        if not self._rows.full:
+        held = self._rows.sums(probabilities)
+        totals = adapter.all_sum(torch.cat([held, held.new_ones(1)])).tolist()
+        *sums, rows, processes = totals
+        if rows < self.window * processes:
             return
-        value = self._rows.marginal_entropy(adapter)
-        if not math.isfinite(value):
-            return
+        value = _entropy_of(sums, rows)
         if self._first is None:
             self._first = value
         low = value < self._first - self.max_drop
@@ -461,6 +479,10 @@ class CollapseAlarm(Guard):
         """As new."""
         self.restored()
         self._warned = False
+
+    def apply(self, move: Callable[[Tensor], Tensor]) -> None:
+        """The window."""
+        self._rows.rows = None if self._rows.rows is None else move(self._rows.rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Window and reference."""
@@ -492,7 +514,14 @@ class RingBuffer(Guard):
         self._new = 0
 
     def before_forward(self, feed: Feed) -> Feed:
-        """The buffer with the new rows at its end."""
+        """The buffer with the new rows at its end, which it keeps."""
+        return self._joined(feed, keep=True)
+
+    def preview(self, feed: Feed) -> Feed:
+        """The same, keeping nothing."""
+        return self._joined(feed, keep=False)
+
+    def _joined(self, feed: Feed, *, keep: bool) -> Feed:
         leaves, form = tree_flatten((feed.args, feed.kwargs))
         new = rows_of((feed.args, feed.kwargs)) or 0
         places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == new]
@@ -501,24 +530,37 @@ class RingBuffer(Guard):
                 f"RingBuffer holds rows of shape {[tuple(leaf.shape[1:]) for leaf in self._leaves]}, "
                 f"got {[tuple(leaves[n].shape[1:]) for n in places]}; reset() before the shape changes"
             )
-        rows = [leaves[n].detach() for n in places]
-        if self._leaves is not None:
-            rows = [torch.cat([old, fresh]) for old, fresh in zip(self._leaves, rows, strict=True)]
-        held = max(self.size, new)
-        self._leaves = [row[-held:].clone() for row in rows]
-        self._new += new
-        for n, leaf in zip(places, self._leaves, strict=True):
-            leaves[n] = leaf
+        fresh = [leaves[n].detach() for n in places]
+        rows = fresh if self._leaves is None else [torch.cat([old, row]) for old, row in zip(self._leaves, fresh, strict=True)]
+        rows = [row[-max(self.size, new) :] for row in rows]
+        for n, row in zip(places, rows, strict=True):
+            leaves[n] = row
         args, kwargs = tree_unflatten(leaves, form)
-        count = len(self._leaves[0]) if self._leaves else new
-        due = self._new >= self.size
-        if due:
-            self._new = 0
+        count = len(rows[0]) if rows else new
+        due = self._new + new >= self.size
+        if keep:
+            self._new = 0 if due else self._new + new
+            self._store(fresh)
         return replace(feed, args=args, kwargs=kwargs, newest=new, adapt=feed.adapt and due, settled=count >= self.min_rows)
+
+    def _store(self, fresh: list[Tensor]) -> None:
+        """Keep the new rows that are finite: a bad one would spoil the statistics of all that follow."""
+        good = torch.ones(len(fresh[0]), dtype=torch.bool, device=fresh[0].device) if fresh else None
+        for row in fresh:
+            if row.is_floating_point() and good is not None:
+                good &= torch.isfinite(row).reshape(len(row), -1).all(1).to(good.device)
+        chosen = [row[good.to(row.device)] for row in fresh] if good is not None else []
+        if self._leaves is not None:
+            chosen = [torch.cat([old, row]) for old, row in zip(self._leaves, chosen, strict=True)]
+        self._leaves = [row[-self.size :].clone() for row in chosen]
 
     def reset(self) -> None:
         """Empty the buffer."""
         self._leaves, self._new = None, 0
+
+    def apply(self, move: Callable[[Tensor], Tensor]) -> None:
+        """The rows."""
+        self._leaves = None if self._leaves is None else [move(leaf) for leaf in self._leaves]
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer and the count of new rows."""
@@ -552,12 +594,22 @@ class Window:
         """Forget all."""
         self.rows = None
 
-    def marginal_entropy(self, adapter: Adapter) -> float:
-        """Entropy of the mean row over all processes, divided by ``ln C``; NaN without rows."""
-        if self.rows is None:
+    def sums(self, like: Tensor) -> Tensor:
+        """The sum of the rows and their number, shape ``(C + 1,)``, as floats beside ``like`` ``(B, C)``."""
+        rows = like.new_zeros(0, like.shape[1]) if self.rows is None else self.rows
+        return torch.cat([rows.sum(0), rows.new_full((1,), float(len(rows)))])
+
+    def marginal_entropy(self) -> float:
+        """Entropy of the mean row of this process, divided by ``ln C``; NaN without rows."""
+        if self.rows is None or not len(self.rows):
             return math.nan
-        sums = adapter.all_sum(torch.cat([self.rows.sum(0), self.rows.new_full((1,), float(len(self.rows)))]))
-        return float(torch.special.entr(sums[:-1] / sums[-1]).sum()) / math.log(self.rows.shape[1])
+        *sums, count = self.sums(self.rows).tolist()
+        return _entropy_of(sums, count)
+
+
+def _entropy_of(sums: list[float], count: float) -> float:
+    """Entropy of the mean ``sums / count``, divided by ``ln C``."""
+    return -sum((s / count) * math.log(s / count) for s in sums if s > 0) / math.log(len(sums))
 
 
 def check_guards(guards: Iterable[object], provided: tuple[Needs, ...], *, adapter: str, keeps_source: bool) -> tuple[Guard, ...]:
@@ -576,8 +628,10 @@ def check_guards(guards: Iterable[object], provided: tuple[Needs, ...], *, adapt
         restores = guard.needs_source or (isinstance(guard, CollapseAlarm) and guard.action in ("freeze", "reset"))
         if restores and not keeps_source:
             raise ValueError(f"{type(guard).__name__} goes back to the source values, which keep_source=False does not keep")
-        if getattr(guard, "_owned", False):
-            raise ValueError(f"this {type(guard).__name__} belongs to another adapter already; make a new one, since it has state")
+        if getattr(guard, "_owned", False) or any(guard is other for other in found):
+            raise ValueError(
+                f"this {type(guard).__name__} is in use already, in this or another adapter; make a new one, since it has state"
+            )
         found.append(guard)
     for guard in found:
         guard._owned = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -587,8 +641,8 @@ def check_guards(guards: Iterable[object], provided: tuple[Needs, ...], *, adapt
 _NEEDS = {"classifier": "the inputs and logits of a classifier", "actions": "the actions of a policy", "parameters": "parameters"}
 
 
-def load_guards(guards: tuple[Guard, ...], states: list[tuple[str, Mapping[str, Any]]]) -> None:
-    """Give guards their saved states.
+def load_guards(guards: tuple[Guard, ...], states: list[tuple[str, Mapping[str, Any]]], device: torch.device) -> None:
+    """Give guards their saved states, on a device.
 
     Raises:
         ValueError: the saved guards are others.
@@ -597,7 +651,7 @@ def load_guards(guards: tuple[Guard, ...], states: list[tuple[str, Mapping[str, 
     if kinds != saved:
         raise ValueError(f"the state was saved with the guards {saved}, this adapter has {kinds}")
     for guard, (_, state) in zip(guards, states, strict=True):
-        guard.load_state_dict(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(state)))
+        guard.load_state_dict(tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, dict(state)))
 
 
 def source_or_raise(values: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:

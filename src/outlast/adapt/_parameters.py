@@ -9,7 +9,14 @@ from torch import nn
 
 from outlast._core import _checks
 
-_BLOCK = re.compile(r"^(.*?\.?\d+)\.")
+_BLOCK = re.compile(r"^(?:.*\.)?\d+(?=\.|$)")
+
+
+def _block(name: str) -> str | None:
+    """The innermost numbered module around the normalisation layer that a parameter belongs to."""
+    around = name.rpartition(".")[0].rpartition(".")[0]
+    found = _BLOCK.match(around)
+    return found.group() if found else None
 
 
 class NormAffineExcept:
@@ -25,13 +32,13 @@ class NormAffineExcept:
                 if not any(_below(name, prefix) for name in names):
                     raise ValueError(f"no normalisation parameter lies below {prefix!r}; they are {', '.join(names[:6])}, ...")
             return [name for name in names if not any(_below(name, prefix) for prefix in self._last)]
-        blocks = list(dict.fromkeys(found.group(1) for name in names if (found := _BLOCK.match(name))))
+        blocks = list(dict.fromkeys(block for name in names if (block := _block(name)) is not None))
         if self._last == 0:
             return list(names)
         if len(blocks) <= self._last:
             raise ValueError(f"last={self._last} leaves nothing to adapt: the normalisation layers lie in {len(blocks)} numbered blocks")
         out = set(blocks[-self._last :])
-        first = min(n for n, name in enumerate(names) if (found := _BLOCK.match(name)) and found.group(1) in out)
+        first = min(n for n, name in enumerate(names) if _block(name) in out)
         # what comes after the blocks, such as a transformer's final norm, is nearer still to the output
         return [name for n, name in enumerate(names) if n < first]
 

@@ -6,7 +6,8 @@ an activation, and SyncBatchNorm) read, and of a hook for the modes between.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -43,13 +44,22 @@ class Statistics:
                 if is_batch_norm(layer):
                     layer.register_forward_pre_hook(_Mixing(self, number))
 
-    def use(self, mode: Mode, *, fixed: bool = False) -> None:
-        """Put the layers in a mode for the next forward passes; ``fixed`` keeps ``"ema"`` from taking in the batch."""
+    @contextmanager
+    def using(self, mode: Mode, *, fixed: bool = False) -> Generator[None]:
+        """The layers in a mode for the passes inside; ``fixed`` keeps ``"ema"`` from taking in the batch.
+
+        Outside of passes the flags are those of a plain model in eval mode, on which loading a checkpoint depends.
+        """
         self._now, self._fixed = mode, fixed
         of_batch = mode == "batch"
         for layer in self.layers:
             layer.track_running_stats = not of_batch
             layer.training = of_batch and is_batch_norm(layer)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.track_running_stats, layer.training = True, False
 
     @property
     def running(self) -> list[tuple[Tensor, Tensor]]:
@@ -81,16 +91,17 @@ class Statistics:
         layer = self.layers[number]
         shape = [1, -1] + [1] * (x.ndim - 2)
         h = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_s, var_s = _mean(layer), _var(layer)
+        mean_s, var_s = _mean(layer).to(h), _var(layer).to(h)
         if self._now == "ema" and self._fixed:
-            mean, var = self.running[number]
+            mean, var = (value.to(h) for value in self.running[number])
         else:
             var_b, mean_b = torch.var_mean(h, [0, *range(2, h.ndim)], correction=0)
             if self._now == "blend":
                 share = len(x) / (self.prior + len(x))
                 mean, var = torch.lerp(mean_s, mean_b, share), torch.lerp(var_s, var_b, share)
             else:
-                mean, var = (torch.lerp(old, new, self.momentum) for old, new in zip(self.running[number], (mean_b, var_b), strict=True))
+                pairs = zip(self.running[number], (mean_b, var_b), strict=True)
+                mean, var = (torch.lerp(old.to(h), new, self.momentum) for old, new in pairs)
                 self._pending[number] = (mean.detach(), var.detach())
         scale = torch.sqrt((var_s + layer.eps) / (var + layer.eps))
         return ((h - mean.view(shape)) * scale.view(shape) + mean_s.view(shape)).to(x.dtype)
@@ -107,7 +118,11 @@ class Statistics:
     def from_state(self, state: Iterable[tuple[Tensor, Tensor]] | None) -> None:
         """Take a running estimate."""
         self._pending = {}
-        self._running = None if state is None else [(mean.clone(), var.clone()) for mean, var in state]
+        if state is None:
+            self._running = None
+            return
+        like = [_mean(layer) for layer in self.layers]
+        self._running = [(mean.to(m.device, copy=True), var.to(m.device, copy=True)) for m, (mean, var) in zip(like, state, strict=True)]
 
     def apply(self, move: Any) -> None:
         """Move the running estimate with the model (``nn.Module._apply``)."""

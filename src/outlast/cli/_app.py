@@ -43,6 +43,8 @@ app = App(
 app.register_install_completion_command(help="Install completion of commands and options for your shell.")
 data_app = App(name="data", help="Which data sets are at hand, where they lie, and how to get the others.")
 app.command(data_app)
+diagnose_app = App(name="diagnose", help="Know your data: measurements that train nothing.")
+app.command(diagnose_app)
 
 Out = Annotated[Path, Parameter(help="Folder for results. Finished cells in it are never computed again.")]
 Traceback = Annotated[bool, Parameter(negative="", help="Print the traceback of an error instead of one line.")]
@@ -71,7 +73,8 @@ def demo(*, out: Out = Path("runs/demo"), quiet: Annotated[bool, Parameter(negat
     from outlast.studies._summary import not_run, summarise
 
     progress = make_progress(quiet=quiet)
-    progress.note(f"{len(names())} study at quick scale; results and report go to {out}") if not quiet else None
+    if not quiet:
+        progress.note(f"{len(names())} studies at quick scale; results and report go to {out}")
     page = out / "report.html"
     summaries: list[Summary] = []
     for name in names():
@@ -241,6 +244,41 @@ def fetch(
     from outlast.data import fetch as fetch_set
 
     print(fetch_set(name, folder))
+    return OK
+
+
+@diagnose_app.command
+def dimension(
+    data: Annotated[str, Parameter(help="A data set's name (see: outlast data), a .npy or .npz file, or a folder of images.")],
+    /,
+    *,
+    k: Annotated[str, Parameter(help="Neighbours, separated by commas.")] = "3,5,10,20",
+    method: Annotated[str, Parameter(help="mackay, levina_bickel, levina_bickel_unbiased, or pope2021.")] = "mackay",
+    anchors: Annotated[int | None, Parameter(help="Rows whose neighbourhoods are used. Default: all up to 20,000, else 2,000.")] = None,
+    split: Annotated[str, Parameter(help="Of a named data set: train or test.")] = "train",
+    bootstrap: Annotated[int, Parameter(help="Resamples for 95 % intervals; 0 for none.")] = 0,
+    seed: Annotated[int, Parameter(help="Of anchors and resamples.")] = 0,
+    figure: Annotated[Path | None, Parameter(help="Write a picture there (.svg, .png, .pdf).")] = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on standard output, nothing else.")] = False,
+    traceback: Traceback = False,
+) -> int:
+    """Estimate the intrinsic dimension of a data set: how many numbers it takes to describe its rows."""
+    from outlast.cli._dimension import print_dimension, read_rows
+    from outlast.diagnose.dimension import estimate
+
+    try:
+        ks = [int(item) for item in k.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--k takes integers separated by commas, got {k!r}") from error
+    result = estimate(read_rows(data, split), method, ks, anchors=anchors, bootstrap=bootstrap, seed=seed)  # pyright: ignore[reportArgumentType]
+    if figure is not None:
+        from outlast.cli._dimension import write_figure
+
+        write_figure(result, figure)
+    if json_:
+        print(json.dumps(result.to_dict(), allow_nan=False))
+    else:
+        print_dimension(result)
     return OK
 
 

@@ -76,13 +76,15 @@ def corrupt(
     function, constants, is_random = _TABLE[name]
     if is_random and generator is None:
         raise ValueError(f"{name} is random: give it a generator, for example torch.Generator().manual_seed(0)")
+    if not len(images):
+        return images.clone()
     settings = constants[severity - 1]
     parts: list[Tensor] = []
     for part in images.split(_CHUNK):
         x = part.to(torch.float32) / 255.0 if part.dtype == torch.uint8 else part.to(torch.promote_types(part.dtype, torch.float32))
         y = (function(x, *settings, _Draw(generator, x)) if is_random else function(x, *settings)).clamp(0.0, 1.0)
         parts.append((255.0 * y).round().to(torch.uint8) if part.dtype == torch.uint8 else y.to(part.dtype))
-    return torch.cat(parts) if parts else images.clone()
+    return torch.cat(parts)
 
 
 class _Draw:

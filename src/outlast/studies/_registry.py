@@ -11,9 +11,9 @@ from outlast.studies._design import Study
 
 # One line a study, in the order in which the demo runs them.
 _STUDIES = {
-    "intrinsic-dimension": "outlast.studies.intrinsic_dimension:STUDY",
     "sam": "outlast.studies.sam:STUDY",
     "tent": "outlast.studies.tent:STUDY",
+    "intrinsic-dimension": "outlast.studies.intrinsic_dimension:STUDY",
 }
 
 

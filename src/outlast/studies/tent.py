@@ -58,15 +58,20 @@ class Link(Settings):
 
 def adapter_of(config: Stream, model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The method of a cell around the source model."""
+    import warnings
+
     from outlast.adapt import Diversity, Norm, Tent
+    from outlast.errors import OutlastWarning
 
     if config.method == "source":
         return model.eval()
     if config.method == "norm":
         return Norm(model)
-    if config.guards == "recommended":
-        return Tent.recommended(model, lr=config.lr)
-    return Tent(model, lr=config.lr, guards=[Diversity(1.0)] if config.guards == "diversity" else ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutlastWarning)  # of collapse without BatchNorm: what the part is about
+        if config.guards == "recommended":
+            return Tent.recommended(model, lr=config.lr)
+        return Tent(model, lr=config.lr, guards=[Diversity(1.0)] if config.guards == "diversity" else ())
 
 
 def measure(config: Stream, model: nn.Module, images: Tensor, labels: Tensor, context: Context) -> Outcome:
@@ -293,6 +298,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _farthest(values: Sequence[float]) -> float:
+    return max(abs(value) for value in values)
+
+
 def _share_of_norm(results: Results, seed: int) -> float:
     norm = _drop("source", "norm", _SIX, _mean)(results, seed)
     return 100.0 * norm / _drop("source", "tent-3e-3", _SIX, _mean)(results, seed)
@@ -506,7 +515,7 @@ _RESNET = Part(
                 ),
             ),
             data=(("cifar10", "full"),),
-            minutes=30,
+            minutes=37,
             machine="one CPU core (half of that with --workers 2)",
         ),
     },
@@ -553,8 +562,8 @@ _FASHION = Part(
         ),
         Claim(
             "fashion-no-harm",
-            "With 20 updates Tent is within 1 point of Norm, mean over the shifts: no evidence that Tent helps here",
-            lambda results, seed: abs(_drop("norm", "tent", ("noise-0.3", "contrast-0.3", "clean"), _mean)(results, seed)),
+            "With 20 updates Tent is within 1 point of Norm on noise, contrast and clean images, no evidence that it helps (largest gap)",
+            lambda results, seed: _drop("norm", "tent", ("noise-0.3", "contrast-0.3", "clean"), _farthest)(results, seed),
             1.0,
             "at most",
             unit="points",
@@ -680,7 +689,7 @@ _LINK = Part(
         "Three of five severities, 2,000 images (10 updates) each; before: batch statistics, after: the adapted model on the same images.",
     ),
     scales={
-        "standard": Scale(arms=("tent",), data=(("cifar10", "full"),), minutes=14, machine="one CPU core (half of that with --workers 2)")
+        "standard": Scale(arms=("tent",), data=(("cifar10", "full"),), minutes=19, machine="one CPU core (half of that with --workers 2)")
     },
 )
 

@@ -17,7 +17,9 @@ def rng(seed=0):
 
 
 def brute(data, k, queries=None):
-    distances = torch.cdist(data.double() if queries is None else queries.double(), data.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(
+        data.double() if queries is None else queries.double(), data.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
     if queries is None:
         distances.fill_diagonal_(float("inf"))
     return distances.topk(k, largest=False)
@@ -47,7 +49,14 @@ def test_equals_brute_force_for_every_block(block, n, d, k):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(20, 200), d=st.integers(1, 12), k=st.integers(1, 6), seed=st.integers(0, 10**6), copies=st.integers(0, 8), grid=st.booleans())
+@given(
+    n=st.integers(20, 200),
+    d=st.integers(1, 12),
+    k=st.integers(1, 6),
+    seed=st.integers(0, 10**6),
+    copies=st.integers(0, 8),
+    grid=st.booleans(),
+)
 def test_equals_brute_force_on_anything(n, d, k, seed, copies, grid):
     data = torch.randn(n, d, generator=rng(seed))
     if grid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,6 +123,8 @@ def from_distances(
     """
     _checks.choice("method", method, METHODS)
     table = torch.as_tensor(distances)
+    if table.is_complex():
+        raise TypeError("distances are complex")
     if table.ndim != 2 or not table.numel():
         raise ValueError(f"distances must have shape (m, K) with m and K at least 1, got {tuple(table.shape)}")
     table = table.to(torch.float64)
@@ -157,12 +160,7 @@ def local(data: Any, k: int = 20, queries: Any = None, *, duplicates: Duplicates
         points = as_query(queries, rows)
         distances, _ = nearest(rows.values, k, queries=points)
         return _local(distances, k)
-    values = _local(_distances(rows.values, k, None), k)
-    if not rows.num_duplicates or duplicates != "drop":
-        return values
-    full = as_rows(data, duplicates="keep").values
-    _, place = nearest(rows.values, 1, queries=full)
-    return values[place[:, 0]]
+    return _local(_distances(rows.values, k, None), k)[rows.leader]
 
 
 def as_query(queries: Any, rows: Rows) -> Tensor:
@@ -244,9 +242,11 @@ def twonn(
     distances = _distances(rows.values, 2, _anchors(rows, anchors, seed))
     kept, excluded = _without_zeros(distances)
     ratios = kept[:, 1] / kept[:, 0]
+    if variant == "fit" and math.floor((1.0 - discard) * len(ratios)) < 2:
+        raise ValueError(f"discard={discard:g} leaves fewer than 2 of the {len(ratios)} ratios to fit")
     value = twonn_fit(ratios, discard) if variant == "fit" else twonn_ml(ratios)
     if math.isinf(value):
-        _warn_ties()
+        _warn_ties(int((ratios == 1).sum()), len(ratios))
     se = value / math.sqrt(len(ratios))
     found = Estimate(value, se, 2, float(kept[:, 1].mean()))
     return DimensionResult(
@@ -403,18 +403,18 @@ def by_class(data: Any, labels: Any, *, match_n: bool = True, seed: int = 0, **s
         seed: of that draw and of the anchors.
         **settings: of :func:`estimate`.
     """
-    rows = as_rows(data, duplicates="keep")
+    whole = as_rows(data, duplicates="keep")
     names = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if names.shape != (len(rows.values),):
-        raise ValueError(f"labels must have shape ({len(rows.values)},), got {names.shape}")
-    parts = {name: torch.from_numpy((names == name).nonzero()[0]) for name in np.unique(names)}
-    size = min(map(len, parts.values()))
-    results: dict[Any, DimensionResult] = {}
-    for number, (name, index) in enumerate(parts.items()):
-        order = torch.randperm(len(index), generator=generator(seed, "dimension.by_class", number))
-        chosen = index[order[:size].sort().values] if match_n else index
-        results[name.item()] = estimate(rows.values[chosen.to(rows.values.device)], seed=seed, **settings)
-    return results
+    if names.shape != (len(whole.values),):
+        raise ValueError(f"labels must have shape ({len(whole.values)},), got {names.shape}")
+    sets = {
+        name.item() if isinstance(name, np.generic) else name: whole.values[torch.from_numpy((names == name).nonzero()[0])]
+        for name in np.unique(names)
+    }
+    return {
+        name: dataclasses.replace(result, notes=(*whole.notes, *result.notes))
+        for name, result in _matched(sets, "dimension.by_class", match_n=match_n, seed=seed, **settings).items()
+    }
 
 
 def by_layer(
@@ -456,18 +456,10 @@ def compare(sets: Mapping[str, Any], *, match_n: bool = True, seed: int = 0, **s
     """
     if len(sets) < 2:
         raise ValueError(f"compare needs at least two sets, got {len(sets)}")
-    duplicates: Duplicates = settings.get("duplicates", "drop")
-    rows = {name: as_rows(data, duplicates=duplicates) for name, data in sets.items()}
-    size = min(len(part.values) for part in rows.values())
-    results: dict[str, DimensionResult] = {}
-    for number, (name, part) in enumerate(rows.items()):
-        values = part.values
-        if match_n and len(values) > size:
-            order = torch.randperm(len(values), generator=generator(seed, "dimension.compare", number))
-            values = values[order[:size].sort().values.to(values.device)]
-        results[name] = estimate(values, seed=seed, **settings)
-    equal = len({result.n for result in results.values()}) == 1
-    if not match_n and not equal:
+    results = _matched(sets, "dimension.compare", match_n=match_n, seed=seed, **settings)
+    sizes = {result.n for result in results.values()}
+    size = min(sizes)
+    if not match_n and len(sizes) > 1:
         return ComparisonResult(results, None, None, ())
     ranking = tuple(sorted(results, key=lambda name: results[name].value))
     separated = tuple(
@@ -480,6 +472,22 @@ def compare(sets: Mapping[str, Any], *, match_n: bool = True, seed: int = 0, **s
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _matched(sets: Mapping[Any, Any], draw: str, *, match_n: bool, seed: int, **settings: Any) -> dict[Any, DimensionResult]:
+    """:func:`estimate` for several sets, each cut to as many distinct rows as the smallest has."""
+    duplicates: Duplicates = settings.get("duplicates", "drop")
+    rows = {name: as_rows(data, duplicates=duplicates) for name, data in sets.items()}
+    size = min(len(part.values) for part in rows.values())
+    results: dict[Any, DimensionResult] = {}
+    for number, (name, part) in enumerate(rows.items()):
+        values = part.values
+        if match_n and len(values) > size:
+            order = torch.randperm(len(values), generator=generator(seed, draw, number))
+            values = values[order[:size].sort().values.to(values.device)]
+        result = estimate(values, seed=seed, **settings)
+        results[name] = dataclasses.replace(result, n_duplicates=part.num_duplicates, notes=part.notes)
+    return results
 
 
 def _from_sorted(
@@ -499,7 +507,7 @@ def _from_sorted(
         sums = log_ratio_sums(kept, k)
         value, error = value_and_error(sums, k, method)
         if math.isinf(value):
-            _warn_ties()
+            _warn_ties(int((sums == 0).sum()), len(sums))
         low, high = _bootstrap(sums, k, method, bootstrap, seed) if bootstrap else (None, None)
         by_k[k] = Estimate(value, error, k, float(kept[:, k - 1].mean()), low, high)
     last = by_k[max(ks)]
@@ -558,16 +566,15 @@ def _anchors(rows: Rows, anchors: Anchors, seed: int) -> Tensor | None:
             return None
         order = torch.randperm(n, generator=generator(seed, "dimension.anchors"))
         return order[:count].sort().values.to(rows.values.device)
+    if isinstance(anchors, str):
+        raise TypeError(f"anchors must be a number or a list of row numbers, got {anchors!r}")
     index = torch.as_tensor(anchors)
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or not len(index):
         raise TypeError(f"anchors must be a number or a list of row numbers, got {anchors!r}")
-    given = int(rows.index[-1]) + 1 if not rows.num_duplicates else n + rows.num_duplicates
+    given = len(rows.leader)
     if int(index.min()) < 0 or int(index.max()) >= given:
         raise ValueError(f"anchors must be row numbers from 0 to {given - 1}, got {int(index.min())} to {int(index.max())}")
-    place = torch.full((given,), -1, dtype=torch.int64)
-    place[rows.index.cpu()] = torch.arange(n)
-    found = place[index.cpu().long()]
-    return found[found >= 0].to(rows.values.device)  # a dropped copy has its first for it
+    return rows.leader[index.long().to(rows.leader.device)].unique()  # a copy is the first of its kind, and once is enough
 
 
 def _without_zeros(distances: Tensor) -> tuple[Tensor, int]:
@@ -610,7 +617,9 @@ def plateau(radius: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> bool:
     return False
 
 
-def _warn_ties() -> None:
+def _warn_ties(tied: int, total: int) -> None:
     warnings.warn(
-        "ties: all distances of every anchor are equal (a grid, or one-hot data), so the estimate is infinite", OutlastWarning, stacklevel=4
+        f"ties: {tied} of {total} anchors have neighbours at one distance only (a grid, or one-hot data), so the estimate is infinite",
+        OutlastWarning,
+        stacklevel=4,
     )

@@ -30,8 +30,7 @@ LEAST_K = {"mackay": 2, "levina_bickel": 3, "levina_bickel_unbiased": 3, "pope20
 
 def log_ratio_sums(distances: Float[Tensor, "m k"], k: int) -> Float[Tensor, " m"]:
     """``S_k(x) = sum_{j<k} ln(T_k / T_j)``: under a locally uniform density of dimension d it is Gamma(k-1, rate d)."""
-    logs = distances[:, :k].log()
-    return (k - 1) * logs[:, -1] - logs[:, :-1].sum(1)
+    return (distances[:, k - 1 : k] / distances[:, : k - 1]).log().sum(1)  # exactly 0 where all are equal
 
 
 def value_and_error(sums: Float[Tensor, " m"], k: int, method: Method) -> tuple[float, float]:
@@ -73,17 +72,19 @@ def gride_ml(log_mu: Tensor, n1: int) -> tuple[float, float]:
     n2 = 2 * n1
     n = len(log_mu)
     total = float(log_mu.sum())
+    positive = log_mu[log_mu > 0]
+    ties = n - len(positive)  # their terms are the limits at ln mu = 0
 
     def slope(d: float) -> float:
         # d/dd ln(mu^d - 1) = ln mu / (1 - mu^-d)
-        inner = float((log_mu / -torch.expm1(-d * log_mu)).sum()) if n2 - n1 > 1 else 0.0
+        inner = float((positive / -torch.expm1(-d * positive)).sum()) + ties / d if n2 - n1 > 1 else 0.0
         return n / d + (n2 - n1 - 1) * inner - (n2 - 1) * total
 
     d = bisect(slope, 1e-3, 1e3)
     curvature = n / d**2
     if n2 - n1 > 1:
-        e = torch.exp(-d * log_mu)
-        curvature += (n2 - n1 - 1) * float((log_mu.square() * e / (1.0 - e).square()).sum())
+        inner = positive.square() * torch.exp(-d * positive) / torch.expm1(-d * positive).square()
+        curvature += (n2 - n1 - 1) * (float(inner.sum()) + ties / d**2)
     return d, 1.0 / math.sqrt(curvature)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from outlast._core._batches import arguments_of
 from outlast.errors import OutlastWarning
@@ -26,13 +26,13 @@ class Rows:
 
     Attributes:
         values: floating point, shape ``(n, d)``.
-        index: number of each row in the data as given.
+        leader: for each row of the data as given, the number of its row here (that of the first of its copies).
         num_duplicates: exact copies found (those beyond the first of each).
         notes: what was converted.
     """
 
     values: Tensor
-    index: Tensor
+    leader: Tensor
     num_duplicates: int
     notes: tuple[str, ...]
 
@@ -58,18 +58,14 @@ def as_rows(data: Any, *, duplicates: Duplicates = "drop", device: torch.device 
     notes: list[str] = []
     if device is not None:
         values = values.to(device)
-    if values.dtype == torch.bool or not values.is_floating_point():
-        largest = 255.0 if values.dtype == torch.uint8 else max(1.0, float(values.abs().max())) if values.numel() else 1.0
-        notes.append(f"{str(values.dtype).removeprefix('torch.')} values divided by {largest:g}, as float32")
-        values = values.to(torch.float32) / largest
-    elif values.dtype in (torch.float16, torch.bfloat16):
-        values = values.to(torch.float32)
-    if not len(values) or not values.shape[1]:
-        raise ValueError(f"data is empty: shape {tuple(values.shape)}")
+    if values.dtype not in (torch.float32, torch.float64):
+        given, values = values.dtype, values.to(_real_type(values.dtype))
+        notes.append(f"{str(given).removeprefix('torch.')} values taken as {str(values.dtype).removeprefix('torch.')}")
     _check_finite(values)
-    first = _first_of_copies(values)
+    leader = _leaders(values)
+    everyone = torch.arange(len(values), device=values.device)
+    first = leader == everyone
     copies = int((~first).sum())
-    index = torch.arange(len(values), device=values.device)
     if copies and duplicates == "error":
         second = int((~first).nonzero()[0])
         raise ValueError(f"data holds {copies} exact copies of earlier rows, the first at row {second}; duplicates='drop' removes them")
@@ -78,12 +74,19 @@ def as_rows(data: Any, *, duplicates: Duplicates = "drop", device: torch.device 
         same = "all rows are identical" if distinct == 1 else f"data has {distinct} distinct rows"
         raise ValueError(f"{same} ({len(values)} rows, {copies} exact copies); this needs at least {least} distinct rows")
     if copies and duplicates == "drop":
-        values, index = values[first], index[first]
+        values, leader = values[first], (first.cumsum(0) - 1)[leader]
+    else:
+        leader = everyone
     if len(values) < 100:
         _warn(f"{len(values)} rows are too few for an estimate of dimension; below 500 it is mostly noise")
     if _is_binary(values):
         _warn("the data hold two values only (binary or one-hot): Euclidean neighbours tie, and an estimator for Hamming distances fits")
-    return Rows(values, index, copies, tuple(notes))
+    return Rows(values, leader, copies, tuple(notes))
+
+
+def _real_type(dtype: torch.dtype) -> torch.dtype:
+    """The floating-point type that holds all values of a type: float64 for integers of more than 16 bits."""
+    return torch.float64 if dtype in (torch.int32, torch.int64, torch.float64) else torch.float32
 
 
 def _matrix(data: Any) -> Tensor:
@@ -96,10 +99,10 @@ def _matrix(data: Any) -> Tensor:
     if isinstance(data, str | bytes) or not (isinstance(data, Dataset | Iterable)):
         raise TypeError(f"data must be a tensor, an array, a Dataset or an iterable of batches, got {type(data).__name__}")
     if isinstance(data, list | tuple):
-        try:
+        if not data:
+            raise ValueError("data is empty: it holds no rows")
+        if all(isinstance(row, int | float | list | np.generic) for row in cast("list[object]", data)):
             return _flat(_from_numpy(np.asarray(data)))
-        except ValueError:
-            pass  # ragged: batches
     return _spooled(data)
 
 
@@ -117,6 +120,8 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 def _flat(values: Tensor) -> Tensor:
     if values.ndim == 0:
         raise ValueError("data is a single number; give N rows, shape (N, ...)")
+    if not values.numel():
+        raise ValueError(f"data is empty: shape {tuple(values.shape)}")
     return values.reshape(len(values), -1) if values.ndim != 2 else values
 
 
@@ -124,30 +129,40 @@ def _spooled(data: Any) -> Tensor:
     """Rows of a stream in a temporary file, mapped into memory."""
     width: int | None = None
     count = 0
+    dtype = torch.float32
     with tempfile.TemporaryFile() as file:  # the map outlives it; the file has no name and goes with the map
         for part in _parts(data):
-            if width is not None and part.shape[1] != width:
+            if width is None:
+                width, dtype = part.shape[1], _real_type(part.dtype)
+            if part.shape[1] != width:
                 raise ValueError(f"rows have different lengths: {width} values, then {part.shape[1]} at row {count}")
-            width = part.shape[1]
             count += len(part)
-            file.write(part.contiguous().numpy().tobytes())
+            file.write(part.to(dtype).cpu().contiguous().numpy().tobytes())
         file.flush()
         if width is None or count == 0:
             raise ValueError("data is empty: it yields no rows")
-        return torch.from_numpy(np.memmap(file, np.float32, mode="r+", shape=(count, width)))
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        return torch.from_numpy(np.memmap(file, kind, mode="r+", shape=(count, width)))
 
 
 def _parts(data: Any) -> Iterator[Tensor]:
-    """The batches of a loader, or the samples of a data set one by one, as float32 rows."""
+    """The batches of a loader, or the samples of a data set one by one, as rows."""
+    items = (
+        (data[n] for n in range(len(cast("Sized", data))))
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+        else iter(data)
+    )
     samples = isinstance(data, Dataset)
-    source = (data[n] for n in range(len(cast("Sized", data)))) if samples and hasattr(data, "__getitem__") else iter(data)
-    for item in source:
+    for item in items:
+        if isinstance(item, Mapping):
+            raise TypeError(
+                f"data yields mappings (keys {', '.join(map(str, cast('Mapping[object, object]', item)))}); yield the rows themselves"
+            )
+        label = item[1] if isinstance(item, tuple | list) and len(cast("list[object]", item)) > 1 else None
+        one = samples or isinstance(label, int | float | str | np.generic) or (isinstance(label, Tensor) and label.ndim == 0)
         (value,), _ = arguments_of(item if isinstance(item, tuple | list) else (item,))
         value = value if isinstance(value, Tensor | np.ndarray) else np.asarray(value)
-        part = _matrix(value[None] if samples else value)
-        if not part.is_floating_point():
-            part = part.to(torch.float32) / (255.0 if part.dtype == torch.uint8 else 1.0)
-        yield part.to(torch.float32).cpu()
+        yield _matrix(value[None] if one else value)
 
 
 def _check_finite(values: Tensor) -> None:
@@ -157,11 +172,11 @@ def _check_finite(values: Tensor) -> None:
             raise ValueError(f"data holds NaN or infinity, first at row {start + int(bad.nonzero()[0])}")
 
 
-def _first_of_copies(values: Tensor) -> Tensor:
-    """Whether each row is the first of its kind: by a hash of its bytes, then by comparison."""
+def _leaders(values: Tensor) -> Tensor:
+    """For each row the first one that is equal to it: by a hash of its bytes, then by comparison."""
     n, d = values.shape
     rng = np.random.default_rng(0)
-    words = d * (values.element_size() // 4)
+    words = d * (values.element_size() // 4)  # of 32 bits
     factors = torch.from_numpy(rng.integers(-(1 << 62), 1 << 62, words, dtype=np.int64) | 1).to(values.device)
     hashes = torch.empty(n, dtype=torch.int64, device=values.device)
     step = max(1, (1 << 22) // words)
@@ -173,13 +188,13 @@ def _first_of_copies(values: Tensor) -> Tensor:
     new = torch.ones(n, dtype=torch.bool, device=values.device)
     new[1:] = ranked[1:] != ranked[:-1]
     leader = order[new.nonzero()[:, 0][new.cumsum(0) - 1]]  # the first row of the same hash
-    first = torch.ones(n, dtype=torch.bool, device=values.device)
+    first = torch.arange(n, device=values.device)
     for start in range(0, n, step):
         here, lead = order[start : start + step], leader[start : start + step]
         suspects = (here != lead).nonzero()[:, 0]
         if len(suspects):
             equal = (values[here[suspects]] == values[lead[suspects]]).all(1)
-            first[here[suspects[equal]]] = False
+            first[here[suspects[equal]]] = lead[suspects[equal]]
     return first
 
 

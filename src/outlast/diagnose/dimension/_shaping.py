@@ -36,7 +36,8 @@ def regularizer(features: Float[Tensor, "n ..."], k: int = 10) -> Float[Tensor, 
     x = features.reshape(len(features), -1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     with torch.no_grad():
-        distances = torch.cdist(x, x)
+        centred = x - x.mean(0)
+        distances = torch.cdist(centred, centred, compute_mode="donot_use_mm_for_euclid_dist")
         distances.fill_diagonal_(math.inf)
         index = distances.topk(k, largest=False).indices
     # only the neighbours carry a gradient; measured by differences, whose gradient is exact

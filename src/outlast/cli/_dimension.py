@@ -1,0 +1,124 @@
+"""``outlast diagnose dimension``: reading rows, printing and drawing the estimate."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outlast._core._extras import require
+from outlast.errors import DamagedFileError, MissingDataError
+
+if TYPE_CHECKING:
+    from outlast.diagnose.dimension import DimensionResult
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def read_rows(source: str, split: str) -> Any:
+    """Rows by a data set's name, from an array file, or from a folder of images of one size.
+
+    Raises:
+        ValueError: neither, an array file without a single array, or images of different sizes.
+        MissingDataError: the file or folder does not exist, or holds no images.
+        DamagedFileError: the file cannot be read.
+    """
+    from outlast.data import DATASETS, load
+
+    if source in DATASETS:
+        try:
+            return load(source, split).images  # pyright: ignore[reportArgumentType]
+        except MissingDataError:
+            if not DATASETS[source].small:
+                raise
+            return load(source, split, variant="small").images  # pyright: ignore[reportArgumentType]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        raise MissingDataError(f"{source!r} is no data set ({', '.join(DATASETS)}), and there is no such file or folder")
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"{source!r}: give a .npy or .npz file, a folder of images, or a data set's name ({', '.join(DATASETS)})")
+    return _array(path)
+
+
+def _array(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found
+        names = found.files
+        if len(names) == 1:
+            return found[names[0]]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedFileError(f"{path} cannot be read as an array ({error})") from error
+    raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}); give a file with one")
+
+
+def _folder(path: Path) -> Any:
+    image_module = require("PIL.Image", extra="vision", purpose="reading images")
+    import numpy as np
+    from torch.utils.data import Dataset
+
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _PICTURES)
+    if not files:
+        raise MissingDataError(f"{path} holds no images ({', '.join(_PICTURES)})")
+
+    class Images(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, number: int) -> Any:
+            with image_module.open(files[number]) as image:
+                values = np.asarray(image.convert("RGB"))
+            if values.shape != shape:
+                raise ValueError(f"images must have one size: {files[0].name} is {shape[1]}x{shape[0]}, {files[number].name} is not")
+            return values
+
+    with image_module.open(files[0]) as first:
+        shape = (first.height, first.width, 3)
+    return Images()
+
+
+def print_dimension(result: DimensionResult) -> None:
+    """A table, and what one should know about it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for head in ("k", "dimension", "standard error", "95 % interval", "mean distance"):
+        table.add_column(head, justify="right")
+    for k, e in result.by_k.items():
+        bounds = "" if e.low is None or e.high is None else f"{e.low:.2f} to {e.high:.2f}"
+        table.add_row(str(k), f"{e.value:.2f}", f"{e.se:.2f}", bounds, f"{e.radius:.4g}")
+    console.print(table)
+    lines = [
+        f"{result.method}; {result.n_anchors:,} anchors among {result.n:,} distinct rows, {result.n_duplicates:,} exact copies dropped"
+    ]
+    if result.biased:
+        lines.append(f"this formula is biased: {result.biased}")
+    if result.near_duplicates:
+        lines.append(f"{result.near_duplicates:,} anchors have a near-duplicate (nearest neighbour below 0.2 of the second's distance)")
+    if not result.reliable:
+        lines.append("beyond what this many rows can tell (2 log2 n): read it as a lower bound")
+    lines += result.notes
+    for line in lines:
+        console.print(Text(line))
+
+
+def write_figure(result: DimensionResult, path: Path) -> None:
+    """Draw the estimate over k.
+
+    Raises:
+        ValueError: a suffix that matplotlib does not write.
+    """
+    figure_module = require("matplotlib.figure", extra="report", purpose="--figure")
+    figure = figure_module.Figure(figsize=(6, 4), layout="constrained")
+    result.plot(figure.subplots())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
