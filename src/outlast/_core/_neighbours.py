@@ -20,11 +20,12 @@ from torch import Tensor
 _GROUP = 16
 _EXTRA = 3
 _FAR = 1e30  # squared norm of the rows that fill up the last group: finite, so that no product is NaN
+_SMALL = 1 << 24  # numbers
 _WHOLE = 1 << 31  # bytes up to which a centred copy of all data is kept
 
 
 def nearest(
-    data: Tensor, k: int, *, queries: Tensor | None = None, rows: Tensor | None = None, block: tuple[int, int] = (1000, 4096)
+    data: Tensor, k: int, *, queries: Tensor | None = None, rows: Tensor | None = None, block: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest rows of ``data``, in Euclidean distance.
 
@@ -34,11 +35,13 @@ def nearest(
         queries: new points, shape ``(m, d)``; None searches for rows of ``data`` themselves, which do not count as their
             own neighbours (told by index, so that exact copies do count).
         rows: which rows of ``data`` to search for; None for all. Not with ``queries``.
-        block: rows searched for, and rows searched in, at a time.
+        block: rows searched for, and rows searched in, at a time; None takes larger blocks for small data (a little faster)
+            and smaller ones for large data (less memory).
 
     Returns:
         Distances in float64 and indices, both ``(m, k)``, nearest first; ties in the order of the index.
     """
+    block = block or ((1000, 4096) if data.numel() <= _SMALL else (512, 2048))
     size = tuple(max(_GROUP, -(-length // _GROUP) * _GROUP) for length in block)
     with torch.no_grad(), _true_float32(data.device):
         search = _Search(data, k, (size[0], size[1]))
@@ -60,15 +63,22 @@ class _Search:
         for part in data.split(block[1]):
             total += part.sum(0, dtype=torch.float64)
         self.centre = total / self.n
-        # a power of two brings all values to about 1, exactly: squares neither over- nor underflow, whatever the units
-        largest = max(float((part.double() - self.centre).abs().max()) for part in data.split(block[1]))
-        self.scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
+        largest = 0.0
+        for part in data.split(block[1]):
+            low, high = torch.aminmax(part, dim=0)
+            largest = max(largest, float((high.double() - self.centre).max()), float((self.centre - low.double()).max()))
+        # Squares must neither over- nor underflow, whatever the units: a power of two brings extreme values to about 1, exactly.
+        self.scale = 1.0 if largest == 0.0 or 1e-6 < largest < 1e6 else 2.0 ** -math.frexp(largest)[1]
         self.longest = 0.0
         self.copy: Tensor | None = None
 
     def centred(self, values: Tensor) -> Tensor:
         """Scaled float32 values around the data's mean: an offset would cost the product its digits."""
-        return ((values - self.centre.to(values.dtype)) * self.scale).to(torch.float32)
+        return self.scaled(values - self.centre.to(values.dtype)).to(torch.float32)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values in units in which their squares are ordinary numbers."""
+        return values if self.scale == 1.0 else values * self.scale
 
     def augmented(self, values: Tensor) -> Tensor:
         """``[y, |y|^2, 1]``, filled up with rows that are far from everything."""
@@ -156,7 +166,7 @@ class _Search:
         for begin in range(0, m, step):
             here = index[begin : begin + step]
             gaps = self.data[here.reshape(-1)].view(*here.shape, self.d)
-            gaps = (_wide(gaps) - _wide(points[begin : begin + step, None])) * self.scale
+            gaps = self.scaled(_wide(gaps) - _wide(points[begin : begin + step, None]))
             distances[begin : begin + step] = torch.linalg.vector_norm(gaps, dim=2).double()
         if own is not None:
             distances.masked_fill_(index == own[:, None], math.inf)

@@ -179,7 +179,7 @@ def knn(
     queries: Any = None,
     *,
     exclude_self: bool = True,
-    block: tuple[int, int] = (1000, 4096),
+    block: tuple[int, int] | None = None,
     exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Exact nearest neighbours, in blocks: memory ``O(block x D + N x k)``, no distance matrix.
@@ -189,7 +189,7 @@ def knn(
         k: neighbours.
         queries: new points; None searches for the rows of the data themselves.
         exclude_self: whether a row is left out of its own neighbours (by its index; ignored with ``queries``).
-        block: rows searched for, and rows searched in, at a time. The result does not depend on it.
+        block: rows searched for, and rows searched in, at a time; None chooses by the size. The result does not depend on it.
         exact: must be True; approximate search biases dimension without warning and is not offered.
 
     Returns:
@@ -199,7 +199,7 @@ def knn(
         ValueError: ``k`` below 1 or above what the data hold, NaN or infinity, ``exact=False``, a block below 1.
     """
     k = _checks.integer("k", k, low=1)
-    for length in block:
+    for length in block or ():
         _checks.integer("block", length, low=1)
     if not exact:
         raise ValueError("exact must be True: an approximate search biases dimension without a warning")

@@ -179,7 +179,7 @@ def _leaders(values: Tensor) -> Tensor:
     words = d * (values.element_size() // 4)  # of 32 bits
     factors = torch.from_numpy(rng.integers(-(1 << 62), 1 << 62, words, dtype=np.int64) | 1).to(values.device)
     hashes = torch.empty(n, dtype=torch.int64, device=values.device)
-    step = max(1, (1 << 22) // words)
+    step = max(1, (1 << 20) // words)
     for start in range(0, n, step):
         part = (values[start : start + step] + 0.0).contiguous()  # -0.0 equals 0.0, its bytes do not
         hashes[start : start + step] = (part.view(torch.int32).to(torch.int64) * factors).sum(1)
