@@ -196,3 +196,27 @@ def tent_run(rank: int, count: int) -> dict[str, Any]:
             adapter(_shard(batch, rank, count)[0])
         result[name] = snapshot(adapter.model)
     return result
+
+
+def tent_sharded_run(rank: int, count: int) -> dict[str, Any]:
+    """The plain run of :func:`tent_run`, with the adapter's model sharded by FSDP2 where there are several processes."""
+    import warnings
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from outlast.adapt import Tent
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = Tent(model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    if count > 1:
+        fully_shard(adapter.model, mesh=init_device_mesh("cpu", (count,)))
+    for batch in batches(4, size=16):
+        adapter(_shard(batch, rank, count)[0])
+    moved = [getattr(parameter, "full_tensor", lambda p=parameter: p)().detach().clone() for parameter in adapter.adapted.values()]
+    drift = adapter.report.drift
+    adapter.reset()
+    return {"moved": moved, "drift": drift, "after reset": adapter.report.drift}

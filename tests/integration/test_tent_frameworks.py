@@ -185,3 +185,13 @@ def test_pretrained_network_has_its_published_error_and_norms():
     with frozen.frozen():
         assert error(frozen) == pytest.approx(8.27, abs=0.02)
     assert error(Norm(_resnet20())) == pytest.approx(11.76, abs=0.3)
+
+
+def test_sharded_model_adapts_as_one_process(tmp_path):
+    halves = helpers.in_processes(helpers.tent_sharded_run, tmp_path)
+    alone = helpers.tent_sharded_run(0, 1)
+    for half in halves:
+        for ours, whole in zip(half["moved"], alone["moved"], strict=True):
+            torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
+        assert half["drift"] == pytest.approx(alone["drift"], rel=1e-4)
+        assert half["after reset"] == 0

@@ -175,14 +175,14 @@ class RedundancyFilter(Guard):
 
     def select(self, logits: Tensor, kept: Tensor) -> Tensor:
         """Rows that are kept so far and not redundant."""
-        p = _row_probabilities(logits)
+        p = row_probabilities(logits)
         if self._mean is not None:
             kept = kept & (torch.cosine_similarity(p, self._mean.to(p)[None], dim=1).abs() < self.threshold)
         return kept
 
     def selected(self, logits: Tensor, kept: Tensor) -> None:
         """Sum up the predictions that are used."""
-        p = _row_probabilities(logits)
+        p = row_probabilities(logits)
         sums = torch.cat([(p * kept[:, None]).sum(0), kept.sum()[None].to(p)])
         self._pending = sums if self._pending is None else self._pending + sums
 
@@ -293,7 +293,7 @@ class Diversity(Guard):
     def penalty(self, logits: Tensor | None, adapter: Adapter) -> Tensor | None:
         """Minus the entropy of the mean prediction over all processes; each has the gradient of its own rows."""
         assert logits is not None
-        total = _row_probabilities(logits).sum(0)
+        total = row_probabilities(logits).sum(0)
         sums = adapter.all_sum(torch.cat([total.detach(), total.new_full((1,), float(len(logits)))]))
         # clamped, since the derivative of the entropy is infinite at 0, where a class may be masked
         mean = ((sums[:-1] + total - total.detach()) / sums[-1]).clamp(min=torch.finfo(total.dtype).tiny)
@@ -578,11 +578,6 @@ class Window:
         self.size = size
         self.rows: Tensor | None = None
 
-    @property
-    def full(self) -> bool:
-        """Whether ``size`` rows are there."""
-        return self.rows is not None and len(self.rows) == self.size
-
     def add(self, rows: Tensor) -> None:
         """Append, and drop the oldest."""
         rows = rows.detach()
@@ -665,10 +660,7 @@ def source_or_raise(values: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]
     return values
 
 
-def _row_probabilities(logits: Tensor) -> Tensor:
+def row_probabilities(logits: Tensor) -> Tensor:
     """Probabilities of each row, mean over positions: ``(B, C, ...)`` to ``(B, C)``."""
     p = torch.softmax(logits, 1)
     return p if p.ndim == 2 else p.flatten(2).mean(2)
-
-
-row_probabilities = _row_probabilities

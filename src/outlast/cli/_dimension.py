@@ -13,15 +13,13 @@ from outlast.errors import DamagedFileError, MissingDataError
 if TYPE_CHECKING:
     from outlast.diagnose.dimension import DimensionResult
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-
 
 def read_rows(source: str, split: str) -> Any:
-    """Rows by a data set's name, from an array file, or from a folder of images of one size.
+    """Rows by a data set's name, from an array file, or the path of a folder of images.
 
     Raises:
-        ValueError: neither, an array file without a single array, or images of different sizes.
-        MissingDataError: the file or folder does not exist, or holds no images.
+        ValueError: neither, or an array file without a single array.
+        MissingDataError: the file or folder does not exist.
         DamagedFileError: the file cannot be read.
     """
     from outlast.data import DATASETS, load
@@ -35,7 +33,7 @@ def read_rows(source: str, split: str) -> Any:
             return load(source, split, variant="small").images  # pyright: ignore[reportArgumentType]
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return path
     if not path.exists():
         raise MissingDataError(f"{source!r} is no data set ({', '.join(DATASETS)}), and there is no such file or folder")
     if path.suffix not in (".npy", ".npz"):
@@ -56,31 +54,6 @@ def _array(path: Path) -> Any:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFileError(f"{path} cannot be read as an array ({error})") from error
     raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}); give a file with one")
-
-
-def _folder(path: Path) -> Any:
-    image_module = require("PIL.Image", extra="vision", purpose="reading images")
-    import numpy as np
-    from torch.utils.data import Dataset
-
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _PICTURES)
-    if not files:
-        raise MissingDataError(f"{path} holds no images ({', '.join(_PICTURES)})")
-
-    class Images(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(files)
-
-        def __getitem__(self, number: int) -> Any:
-            with image_module.open(files[number]) as image:
-                values = np.asarray(image.convert("RGB"))
-            if values.shape != shape:
-                raise ValueError(f"images must have one size: {files[0].name} is {shape[1]}x{shape[0]}, {files[number].name} is not")
-            return values
-
-    with image_module.open(files[0]) as first:
-        shape = (first.height, first.width, 3)
-    return Images()
 
 
 def print_dimension(result: DimensionResult) -> None:

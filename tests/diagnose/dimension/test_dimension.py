@@ -16,7 +16,7 @@ from outlast.diagnose import dimension as dim
 from outlast.diagnose.dimension._estimate import plateau
 from outlast.diagnose.dimension._likelihood import gride_ml, value_and_error
 from outlast.diagnose.dimension._rows import as_rows
-from outlast.errors import OutlastWarning
+from outlast.errors import DamagedFileError, MissingDataError, OutlastWarning
 
 
 def rng(seed=0):
@@ -551,3 +551,21 @@ def test_more_mistakes_are_named(call, error, says):
 def test_bits_are_rows_too():
     with pytest.warns(OutlastWarning, match="binary"):
         assert dim.estimate(torch.rand(300, 20, generator=rng()) > 0.5, k=5).n > 290
+
+
+def test_folder_of_images(tmp_path):
+    image_module = pytest.importorskip("PIL.Image", reason="pillow (extra vision) is not installed")
+    values = np.random.default_rng(0).integers(0, 255, (120, 4, 4, 3), np.uint8)
+    for number, image in enumerate(values):
+        image_module.fromarray(image).save(tmp_path / f"{number:03d}.png")
+    expected = dim.estimate(values, k=5).by_k
+    assert dim.estimate(tmp_path, k=5).by_k == expected
+    assert dim.estimate(str(tmp_path), k=5).by_k == expected
+    image_module.fromarray(values[0, :2]).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"one size: 000.png is 4x4, x.png is not"):
+        dim.estimate(tmp_path, k=5)
+    (tmp_path / "x.png").write_bytes(b"no image")
+    with pytest.raises(DamagedFileError, match=r"x.png cannot be read"):
+        dim.estimate(tmp_path, k=5)
+    with pytest.raises(MissingDataError, match="no images"):
+        dim.estimate(tmp_path / "nowhere", k=5)

@@ -57,7 +57,7 @@ def estimate(
 
     Args:
         data: rows as ``(N, ...)``: a tensor, array, memory map, Dataset or loader (of inputs, or tuples that start with
-            them). Integers are divided by their range. Scale, offset and rotation of the data do not matter.
+            them), or a folder of images. Integers are taken as floats. Scale, offset and rotation of the data do not matter.
         method: ``"mackay"`` (the inverse of the mean inverse; consistent for every k), ``"levina_bickel"`` (mean of local
             estimates), ``"levina_bickel_unbiased"``, or ``"pope2021"``, which reproduces published figures and is too low
             by (k-2)/(k-1).

@@ -6,16 +6,21 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from outlast._core._batches import arguments_of
-from outlast.errors import OutlastWarning
+from outlast._core._extras import require
+from outlast.errors import DamagedFileError, MissingDataError, OutlastWarning
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 Duplicates = Literal["drop", "error", "keep"]
 _BLOCK = 8192
 
@@ -42,8 +47,8 @@ def as_rows(data: Any, *, duplicates: Duplicates = "drop", device: torch.device 
 
     Args:
         data: ``(N, ...)`` as a tensor, array or memory map; a Dataset or an iterable of batches (samples or batches as
-            tensors, or tuples whose first entry is one). What is no array is written to a temporary file once, row by row,
-            so memory stays small and a shuffling loader does no harm.
+            tensors, or tuples whose first entry is one); a folder of images of one size. What is no array is written to a
+            temporary file once, row by row, so memory stays small and a shuffling loader does no harm.
         duplicates: ``"drop"`` keeps the first of equal rows, ``"error"`` refuses, ``"keep"`` keeps all.
         device: where to compute; None for where the data are.
         least: how many distinct rows there must be.
@@ -96,8 +101,12 @@ def _matrix(data: Any) -> Tensor:
         return _flat(data.detach())
     if isinstance(data, np.ndarray):
         return _flat(_from_numpy(cast("np.ndarray[Any, Any]", data)))
+    if isinstance(data, PathLike) or (isinstance(data, str) and Path(data).is_dir()):
+        return _spooled(ImageFolder(Path(data)))
     if isinstance(data, str | bytes) or not (isinstance(data, Dataset | Iterable)):
-        raise TypeError(f"data must be a tensor, an array, a Dataset or an iterable of batches, got {type(data).__name__}")
+        raise TypeError(
+            f"data must be a tensor, an array, a Dataset, an iterable of batches or a folder of images, got {type(data).__name__}"
+        )
     if isinstance(data, list | tuple):
         if not data:
             raise ValueError("data is empty: it holds no rows")
@@ -123,6 +132,41 @@ def _flat(values: Tensor) -> Tensor:
     if not values.numel():
         raise ValueError(f"data is empty: shape {tuple(values.shape)}")
     return values.reshape(len(values), -1) if values.ndim != 2 else values
+
+
+class ImageFolder(Dataset[Any]):
+    """The images below a folder, all of one size, as RGB bytes.
+
+    Raises:
+        MissingDataError: no such folder, or no images in it.
+        MissingExtraError: Pillow (extra ``vision``) is missing.
+        ValueError: images of different sizes.
+        DamagedFileError: an image that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._open = require("PIL.Image", extra="vision", purpose="reading images").open
+        self._files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _PICTURES)
+        if not self._files:
+            raise MissingDataError(f"{folder} holds no images ({', '.join(_PICTURES)})")
+        self._shape = self._read(0).shape
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> npt.NDArray[np.uint8]:
+        values = self._read(number)
+        if values.shape != self._shape:
+            first, here = self._files[0].name, self._files[number].name
+            raise ValueError(f"images must have one size: {first} is {self._shape[1]}x{self._shape[0]}, {here} is not")
+        return values
+
+    def _read(self, number: int) -> npt.NDArray[np.uint8]:
+        try:
+            with self._open(self._files[number]) as image:
+                return np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise DamagedFileError(f"{self._files[number]} cannot be read as an image ({error})") from error
 
 
 def _spooled(data: Any) -> Tensor:
