@@ -98,7 +98,7 @@ def main() -> None:
             "tent": lambda: tent(x),
             "guarded": lambda: guarded(x),
         },
-        repeats=15,
+        repeats=25,
     )
     reset = medians({"reset": tent.reset}, repeats=25)["reset"]
     state = tent.get_extra_state()

@@ -298,9 +298,9 @@ _PART = Part(
         "quick": Scale(
             arms=("sgd", "sgd-2x", "sam-0.1", "sam-0.1-m32"),
             settings=(Setting("", "40 % of the labels redrawn"),),
-            changes={"variant": "small", "train_size": 2000, "epochs": 20, "evaluations": 10, "spectrum_iterations": 12},
+            changes={"variant": "small", "train_size": 2000, "epochs": 30, "evaluations": 10, "spectrum_iterations": 12},
             data=(("fashion-mnist", "small"),),
-            dropped="half of the training images, half of the epochs, other radii, ASAM, other noise levels",
+            dropped="half of the training images, a quarter of the epochs, other radii, ASAM, other noise levels",
             minutes=1,
         ),
         "standard": Scale(
