@@ -338,7 +338,8 @@ def _bars(part: Callable[[], Part], arms: Sequence[str], settings: Sequence[str]
             axes.bar(places, means, width, label=title, color=f"C{number}")
         axes.set_xticks(range(len(labels)), [label.removesuffix("-5") for label in labels], rotation=20, ha="right")
         axes.set_ylabel("error (%)")
-        axes.legend()
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper center", ncols=3)
 
     def describe(results: Results) -> str:
         labels = [setting for setting in settings if setting in results.settings]
@@ -360,12 +361,16 @@ def _draw_link(figure: Any, results: Results) -> None:
 
 
 def _describe_link(results: Results) -> str:
+    from outlast.studies._statistics import interval
+
     values = results.values("tent", "rank")
+    if not values:
+        return "No finished cells."
+    found = interval(values)
+    bounds = "" if found.low is None else f" (95 % interval {found.low:.2f} to {found.high:.2f})"
     return (
         "Each point is a corruption at a severity: change of entropy against change of loss by one pass of Tent. "
-        f"Rank correlation {_mean(values):.2f}, mean over {len(values)} seeds."
-        if values
-        else "No finished cells."
+        f"Rank correlation {found.mean:.2f}{bounds}, {len(values)} seeds."
     )
 
 
