@@ -220,3 +220,28 @@ def tent_sharded_run(rank: int, count: int) -> dict[str, Any]:
     drift = adapter.report.drift
     adapter.reset()
     return {"moved": moved, "drift": drift, "after reset": adapter.report.drift}
+
+
+def tent_uneven_run(rank: int, count: int) -> dict[str, Any]:
+    """Processes whose batches differ: one too small, one with a row that is not finite, one asked for its report."""
+    import warnings
+
+    from outlast.adapt import CollapseAlarm, EntropyFilter, Tent
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = Tent(model, lr=0.05, guards=[EntropyFilter(0.99), CollapseAlarm(16)], min_batch=8)
+    counts: list[int] = []
+    for number, (x, _) in enumerate(batches(6, size=16)):
+        part = x[: 15 + rank]
+        if number == 1 and rank == 0:
+            part = x[:4]
+        if number == 3 and rank == 0:
+            part = part.clone()
+            part[2, 1] = float("nan")
+        adapter(part)
+        if rank == 0:
+            counts.append(adapter.report.updates)
+    return {"weights": snapshot(adapter.model), "updates": adapter.report.updates, "counts": counts}

@@ -195,3 +195,10 @@ def test_sharded_model_adapts_as_one_process(tmp_path):
             torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
         assert half["drift"] == pytest.approx(alone["drift"], rel=1e-4)
         assert half["after reset"] == 0
+
+
+def test_processes_with_unequal_batches_stay_together(tmp_path):
+    first, second = helpers.in_processes(helpers.tent_uneven_run, tmp_path)
+    assert helpers.same(first["weights"], second["weights"])
+    assert first["updates"] == second["updates"] == 4  # not where one was too small, nor where one was not finite
+    assert first["counts"] == [1, 1, 2, 2, 3, 4]
