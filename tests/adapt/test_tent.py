@@ -1052,6 +1052,9 @@ def test_a_batch_counts_once_whatever_its_steps():
     adapter(torch.full((8, 6), math.nan))
     assert adapter.report.skipped == 1
     assert len(adapter.report.events) == 1
+    filtered = Tent(net(), steps=3, guards=[EntropyFilter(1e-6)])
+    filtered(stream(1)[0])
+    assert filtered.report.skipped == 1
     ema = [Tent(net(), stats="ema", steps=steps, optimizer=sgd(1e-12), predict="after") for steps in (1, 4)]
     for x in stream(3):
         torch.testing.assert_close(ema[0](x), ema[1](x), atol=1e-5, rtol=1e-5)

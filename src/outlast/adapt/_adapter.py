@@ -485,7 +485,7 @@ class TestTimeAdapter(nn.Module):
         if bool(torch.isfinite(logits).all()):
             self._counters.bad_in_a_row = 0
             return True
-        self._note_bad_batch(skipped=self._counters.frozen is False and self._steps == 0)
+        self._note_bad_batch(skipped=self._steps == 0)  # of an adapter that could step it is counted already
         return False
 
     def _logits(self, output: Any) -> Tensor:
@@ -539,7 +539,7 @@ class TestTimeAdapter(nn.Module):
             return False
         counters.bad_in_a_row = 0
         if count == 0:
-            counters.skipped += 1
+            counters.skipped += first
             return True
         if first:
             counters.used += int(count)
