@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from outlast.data import DATASETS, fetch, find, load, standardise
+from outlast.data import DATASETS, fetch, find, find_catalogues, load, load_catalogues, standardise
 from outlast.data._registry import EMBEDDED
 from outlast.errors import DamagedFileError, MissingDataError
 
@@ -117,7 +117,7 @@ def test_full_sets_are_whole(name):
     for split, count in entry.splits.items():
         data = load(name, split)
         assert len(data) == count
-        assert set(data.labels.unique().tolist()) == set(range(10))
+        assert set(data.labels.unique().tolist()) == set(range(len(entry.classes)))
 
 
 @pytest.mark.data
@@ -126,3 +126,22 @@ def test_embedded_subset_is_part_of_the_full_set():
     full = {(bytes(image.numpy()), int(label)) for image, label in load("mnist")}
     assert all((bytes(image.numpy()), int(label)) in full for image, label in load("mnist", variant="small"))
     assert Path(os.environ["OUTLAST_DATA"]) in find("mnist", "train").files[0].parents
+
+
+def test_catalogues_are_parallel_text():
+    pytest.importorskip("wagtail", reason="wagtail (extra studies) is not installed")
+    found = load_catalogues(["de", "fr"])
+    assert list(found) == ["de", "fr"]
+    common = set(found["de"]) & set(found["fr"])
+    assert len(common) > 1500
+    assert found["de"]["Change password"] == "Passwort ändern"
+    assert all(4 <= len(original) <= 160 and 4 <= len(text) <= 160 and "\x04" not in original for original, text in found["fr"].items())
+    assert len(load_catalogues()) > 90
+    with pytest.raises(ValueError, match="no catalogue of xx"):
+        load_catalogues(["xx"])
+
+
+def test_missing_packages_say_how_to_get_them(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDataError, match=r'pip install "outlast\[studies\]"'):
+        find_catalogues()

@@ -29,6 +29,7 @@ else:  # cyclopts reads annotations; the real names live in modules that --help 
     Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
     Strategy = Literal["auto", "ddp", "fsdp"]
 
+_VARIANTS = {"small": "embedded", "full": "full set", "package": "in packages of the extra studies"}
 OK, FAILURE, USAGE, CLAIM_FAILED = 0, 1, 2, 3
 
 app = App(
@@ -105,7 +106,7 @@ def studies() -> int:
             for claim in part.claims:
                 print(f"    claim ({', '.join(claim.scales)}): {claim.text}")
             for scale_name, scale in part.scales.items():
-                wants = ", ".join(f"{data} ({'embedded' if variant == 'small' else 'full set'})" for data, variant in scale.data) or "none"
+                wants = ", ".join(f"{data} ({_VARIANTS[variant]})" for data, variant in scale.data) or "none"
                 grid = sum(len(setting.arms or scale.arms) for setting in scale.settings)
                 print(f"    {scale_name}: {grid} arms x {scale.seeds} seeds, about {scale.minutes:g} min on {scale.machine}; data: {wants}")
     return OK

@@ -51,7 +51,7 @@ def load(name: str, split: Split = "train", *, variant: Variant = "full") -> Ima
     """Load a split of a data set.
 
     Args:
-        name: one of ``DATASETS``: ``"fashion-mnist"``, ``"mnist"``, ``"cifar10"``.
+        name: one of ``DATASETS``: ``"fashion-mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``.
         split: ``"train"`` or ``"test"``.
         variant: ``"full"`` from the folder that ``OUTLAST_DATA`` names, or ``"small"``, the subset inside the package.
 
@@ -59,11 +59,11 @@ def load(name: str, split: Split = "train", *, variant: Variant = "full") -> Ima
         ValueError: unknown name, split or variant.
         MissingDataError: the files are not at hand.
         DamagedFileError: a file is truncated or is not the published one.
-        MissingExtraError: CIFAR-10 needs the extra ``vision`` (it is stored as pictures).
+        MissingExtraError: CIFAR needs the extra ``vision`` (it is stored as pictures).
     """
     entry = info(name)
     place = find(name, split, variant)
-    if name == "cifar10":
+    if name in ("cifar10", "cifar100"):
         images, labels, origin = _load_cifar(entry, place, split)
     else:
         images, labels = (_read_idx(path, checksum) for path, checksum in zip(place.files, place.checksums, strict=True))
@@ -109,7 +109,7 @@ def _load_cifar(entry: DatasetInfo, place: Place, split: Split) -> tuple[UInt8Ar
     if place.kind == "torchvision":
         datasets = require("torchvision.datasets", extra="vision", purpose=f"reading {entry.title} in torchvision's layout")
         try:  # torchvision compares checksums before it opens the batches
-            dataset = datasets.CIFAR10(str(place.files[0]), train=split == "train", download=False)
+            dataset = getattr(datasets, entry.torchvision[0])(str(place.files[0]), train=split == "train", download=False)
         except RuntimeError as error:
             raise DamagedFileError(f"{place.files[0]}: torchvision finds {entry.title} incomplete or damaged; get it again") from error
         images = np.asarray(dataset.data, np.uint8).transpose(0, 3, 1, 2)

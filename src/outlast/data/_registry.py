@@ -79,6 +79,16 @@ _MNIST_TEST = (
     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 )
 
+_CIFAR100_CLASSES = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+    "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+    "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster "
+    "man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck "
+    "pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk "
+    "skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger "
+    "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm "
+)
+
 _ALL = (
     DatasetInfo(
         name="fashion-mnist",
@@ -142,6 +152,24 @@ _ALL = (
         torchvision=("CIFAR10", "cifar-10-batches-py"),
         note="in the outlast layout training images are JPEG (quality 90) and test images exact; torchvision's copy is exact",
     ),
+    DatasetInfo(
+        name="cifar100",
+        title="CIFAR-100",
+        content="colour 32x32 photographs in 100 classes",
+        licence="none stated by the authors; free for research with the citation Krizhevsky 2009",
+        source="https://www.cs.toronto.edu/~kriz/cifar.html",
+        folder="cifar100",
+        classes=tuple(_CIFAR100_CLASSES.split()),
+        splits={"train": 50_000, "test": 10_000},
+        small={},
+        files={
+            "train": {"train_jpeg.zip": "7ea55bf8dac80a8ab0a37370f9d0f1e193925aca1f34d398333f91931caa25b3"},
+            "test": {"test_jpeg.zip": "5a6d19455cdd46f41d388ffb5365925f60038e426585f7ac71fadd0b557fc3cd"},
+        },
+        small_files={},
+        torchvision=("CIFAR100", "cifar-100-python"),
+        note="in the outlast layout both splits are JPEG (quality 80): for comparisons between methods, not with papers' figures",
+    ),
 )
 
 DATASETS: Mapping[str, DatasetInfo] = {entry.name: entry for entry in _ALL}
@@ -203,7 +231,8 @@ def find(name: str, split: Split, variant: Variant = "full") -> Place:
             found = [_present(root, file) for file in files]
             if all(path is not None for path in found):
                 return Place(place, tuple(path for path in found if path is not None), tuple(files.values()))
-        if name == "cifar10" and (folder / entry.torchvision[1] / "batches.meta").is_file():
+        meta = {"cifar10": "batches.meta", "cifar100": "meta"}.get(name)
+        if meta is not None and (folder / entry.torchvision[1] / meta).is_file():
             return Place("torchvision", (folder,), ())
     where = f"not found in {folder}" if folder is not None else "OUTLAST_DATA is not set"
     raise MissingDataError(

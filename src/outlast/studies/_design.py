@@ -89,7 +89,7 @@ class Scale:
         arms: names of the arms that run.
         settings: circumstances, the first being the one that figures show.
         changes: configuration of this scale, over the defaults of the part's ``Settings``.
-        data: (data set, variant) pairs that must be at hand.
+        data: (data set, variant) pairs that must be at hand; ``"package"`` for data inside packages of an extra.
         minutes: measured or, for ``paper``, estimated time; ``machine`` says on what.
         machine: the machine of that time.
         dropped: what is left out in comparison with the next larger scale.
@@ -99,7 +99,7 @@ class Scale:
     arms: tuple[str, ...]
     settings: tuple[Setting, ...] = (Setting(),)
     changes: Mapping[str, Any] = field(default_factory=dict)
-    data: tuple[tuple[str, Literal["full", "small"]], ...] = ()
+    data: tuple[tuple[str, Literal["full", "small", "package"]], ...] = ()
     minutes: float = 1.0
     machine: str = "2 CPU cores"
     dropped: str = ""

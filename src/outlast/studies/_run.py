@@ -54,11 +54,14 @@ def check_data(study: Study, plan: Plan) -> None:
     """
     needs = {need for part in chosen_parts(study, plan.scale, plan.parts) for need in part.scales[plan.scale].data}
     if needs:
-        from outlast.data import find
+        from outlast.data import find, find_catalogues
 
         for name, variant in sorted(needs):
-            find(name, "train", variant)
-            find(name, "test", variant)
+            if variant == "package":
+                find_catalogues()
+            else:
+                find(name, "train", variant)
+                find(name, "test", variant)
 
 
 def run(study: Study, plan: Plan, root: Path, progress: Progress, *, workers: int = 1) -> Run:
