@@ -245,3 +245,183 @@ def tent_uneven_run(rank: int, count: int) -> dict[str, Any]:
         if rank == 0:
             counts.append(adapter.report.updates)
     return {"weights": snapshot(adapter.model), "updates": adapter.report.updates, "counts": counts}
+
+
+class Tiny(nn.Module):
+    """Embedding, attention, Linear, transformers-like Conv1D by hand: every layer kind that shards differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.left = nn.Parameter(torch.randn(8, 6) * 0.3)  # inputs in front
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = x + self.attention(x, x, x)[0]
+        flat = torch.addmm(torch.zeros(6), x.mean(1), self.left)
+        return self.out(torch.tanh(flat))
+
+
+def token_batches(count: int, *, size: int = 8, seed: int = 3) -> list[Batch]:
+    rng = torch.Generator().manual_seed(seed)
+    return [(torch.randint(0, 12, (size, 4), generator=rng), torch.randint(0, 3, (size,), generator=rng)) for _ in range(count)]
+
+
+def gpm_run(rank: int, count: int) -> dict[str, Any]:
+    """Three tasks under DistributedDataParallel; with one process the plain run."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from outlast.continual import GradientProjectionMemory
+
+    torch.manual_seed(0)
+    model = Tiny()
+    wrapped = DistributedDataParallel(model) if count > 1 else model
+    memory = GradientProjectionMemory(wrapped, threshold=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.1)
+    memory.attach(optimizer)
+    ranks = []
+    for task in range(3):
+        for batch in token_batches(3, seed=task):
+            optimizer.zero_grad()
+            cross_entropy(wrapped, _shard(batch, rank, count)).backward()
+            optimizer.step()
+        own = [_shard(batch, rank, count) for batch in token_batches(2, seed=10 + task)]
+        memory.consolidate(own, max_samples=None)
+        ranks.append(memory.ranks)
+    try:
+        memory.consolidate([(torch.zeros(0, 4, dtype=torch.int64),)] if rank else [])
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    return {"weights": snapshot(model), "ranks": ranks, "refused": refused}
+
+
+def gpm_sharded_run(rank: int, count: int) -> dict[str, Any]:
+    """The same with FSDP2, saved in the middle and taken up by a fresh memory."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from outlast.continual import GradientProjectionMemory
+
+    def build() -> tuple[nn.Module, GradientProjectionMemory, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = Tiny()
+        if count > 1:
+            mesh = init_device_mesh("cpu", (count,))
+            for module in (model.table, model.attention, model.out):
+                fully_shard(module, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        memory = GradientProjectionMemory(model, threshold=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.1)
+        memory.attach(optimizer, mode="both")
+        return model, memory, optimizer
+
+    model, memory, optimizer = build()
+    state: dict[str, Any] = {}
+    for task in range(3):
+        for batch in token_batches(3, seed=task):
+            optimizer.zero_grad()
+            cross_entropy(model, _shard(batch, rank, count)).backward()
+            optimizer.step()
+        memory.consolidate([_shard(batch, rank, count) for batch in token_batches(2, seed=10 + task)], max_samples=None)
+        if task == 1:
+            state = memory.state_dict()
+            other, again, stepper = build()
+            other.load_state_dict(model.state_dict())
+            again.load_state_dict(state)
+            for batch in token_batches(3, seed=2):
+                stepper.zero_grad()
+                cross_entropy(other, _shard(batch, rank, count)).backward()
+                stepper.step()
+            resumed = [_whole(parameter) for parameter in other.parameters()]
+    return {
+        "weights": [_whole(parameter) for parameter in model.parameters()],
+        "resumed": resumed,
+        "ranks": memory.ranks,
+        "state": {name: entry.get("basis", entry.get("protected")) for name, entry in state["layers"].items()},
+        "anchor": state["layers"]["out"]["anchor"],
+    }
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return getattr(parameter, "full_tensor", lambda: parameter)().detach().clone()
+
+
+def gradvac_run(rank: int, count: int) -> dict[str, Any]:
+    """Three tasks, in both engines; the last step lacks a task on the second process."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from outlast.multitask import GradVac
+
+    result: dict[str, Any] = {}
+    for engine in ("loop", "layer"):
+        model = mlp()
+        wrapped = DistributedDataParallel(model) if count > 1 else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        vaccine = GradVac(optimizer, ["a", "b", "c"], model=wrapped, beta=0.3, engine=engine)
+        for step in range(4):
+            data = {name: batches(1, size=4, seed=10 * step + number)[0] for number, name in enumerate("abc")}
+            own = {name: _shard(batch, rank, count) for name, batch in data.items()}
+            optimizer.zero_grad()
+            if engine == "layer":
+                x = torch.cat([batch[0] for batch in own.values()])
+                with vaccine.rows(torch.arange(3).repeat_interleave(4 // count)):
+                    out = wrapped(x)
+                parts = out.split(4 // count)
+                vaccine.backward({n: F.cross_entropy(o, b[1]) for (n, b), o in zip(own.items(), parts, strict=True)})
+            else:
+                counts = None
+                if step == 3:  # c: all rows on the first process, none on the second
+                    own["c"] = data["c"]
+                    if count > 1 and rank == 1:
+                        del own["c"]
+                    counts = {name: len(batch[0]) for name, batch in own.items()}
+                vaccine.backward({name: cross_entropy(wrapped, batch) for name, batch in own.items()}, counts=counts)
+            optimizer.step()
+        result[engine] = snapshot(model)
+        result[f"{engine} targets"] = vaccine.state_dict()["targets"]
+    return result
+
+
+def gradvac_sharded_run(rank: int, count: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from outlast.multitask import GradVac
+
+    model = mlp()
+    if count > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    vaccine = GradVac(optimizer, ["a", "b", "c"], model=model, beta=0.3)
+    for step in range(3):
+        data = {name: batches(1, size=4, seed=10 * step + number)[0] for number, name in enumerate("abc")}
+        optimizer.zero_grad()
+        vaccine.backward({name: cross_entropy(model, _shard(batch, rank, count)) for name, batch in data.items()})
+        optimizer.step()
+    return {"weights": [_whole(parameter) for parameter in model.parameters()], "targets": vaccine.state_dict()["targets"]}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def families(*, seed: int = 0, d: int = 16, classes: int = 40, each: int = 60, unrelated: bool = False) -> tuple[Batch, Batch]:
+    """Classes in families that share mean and shape, as calibration assumes; base classes and new ones."""
+    stream = rng(seed)
+    means = 1.5 * torch.randn(8, d, generator=stream)
+    shapes = torch.stack([torch.linalg.qr(torch.randn(d, d, generator=stream)).Q for _ in range(8)])
+    shapes = shapes * torch.tensor([2.0] * 4 + [0.35] * (d - 4))
+
+    def draw(count, own_means, own_shapes):
+        family = torch.randint(0, 8, (count,), generator=stream)
+        centre = own_means[family] + 0.5 * torch.randn(count, d, generator=stream)
+        rows = centre[:, None] + torch.einsum("nij,npj->npi", own_shapes[family], torch.randn(count, each, d, generator=stream))
+        return rows.reshape(-1, d), torch.arange(count).repeat_interleave(each)
+
+    if unrelated:
+        other = 1.5 * torch.randn(8, d, generator=stream)
+        return draw(classes, other, shapes[torch.randperm(8, generator=stream)]), draw(20, means, shapes)
+    return draw(classes, means, shapes), draw(20, means, shapes)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def arguments_of(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -32,7 +32,19 @@ def call_with(model: nn.Module, batch: object) -> Any:
 
 def rows_of(arguments: object) -> int | None:
     """Number of rows: the leading dimension of the first tensor in any nesting; None where there is none."""
-    for leaf in tree_leaves(arguments):
+    for leaf in tree_leaves(_plain(arguments)):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return int(leaf.shape[0])
     return None
+
+
+def some_rows(batch: Any, rows: slice) -> Any:
+    """A batch with some of its rows: every tensor whose leading dimension is that of the first is cut."""
+    size = rows_of(batch)
+    batch = _plain(batch)
+    return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size else leaf, batch)
+
+
+def _plain(batch: Any) -> Any:
+    """Mappings as dictionaries: torch takes transformers' ``BatchEncoding`` and the like for one leaf."""
+    return dict(cast("Mapping[str, Any]", batch)) if isinstance(batch, Mapping) else batch

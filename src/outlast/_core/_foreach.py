@@ -85,9 +85,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor, sharing its storage, or the tensor itself."""
+    return cast("Tensor", cast("Any", tensor).to_local()) if is_sharded(tensor) else tensor
+
+
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's shards: what acts on each element acts on them, and DTensor has no multi-tensor kernels."""
-    return [cast("Tensor", cast("Any", tensor).to_local()) if is_sharded(tensor) else tensor for tensor in tensors]
+    return [local(tensor) for tensor in tensors]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from outlast._core import _checks, _foreach
+from outlast._core import _checks, _distributed, _foreach
 from outlast._core._batches import arguments_of, rows_of
+from outlast._core._distributed import world_size
 from outlast._core._norm import is_batch_norm, is_norm_layer, recalibrate_batchnorm
 from outlast.adapt._entropy import entropy
 from outlast.adapt._guards import (
@@ -387,11 +388,7 @@ class TestTimeAdapter(nn.Module):
 
     def all_sum(self, value: Tensor) -> Tensor:
         """The sum over processes; the value itself where there is one."""
-        if _world() == 1:
-            return value
-        total = value.clone()
-        torch.distributed.all_reduce(total)
-        return total
+        return value if world_size() == 1 else _distributed.sum_(value.clone())
 
     # ---- a batch ---------------------------------------------------------------------------------------------------
 
@@ -415,7 +412,7 @@ class TestTimeAdapter(nn.Module):
         willing = feed.adapt and feed.settled and not small and self._steps > 0 and not counters.frozen
         # all processes take a step or none: a collective that some skip would never end
         count, smalls = self.all_sum(torch.tensor([float(willing), float(small)], device=self._device)).tolist()
-        adapting = count == _world()
+        adapting = count == world_size()
         if feed.adapt and not adapting and (self._steps > 0 or small):
             counters.skipped += 1
         output: Any = None
@@ -595,14 +592,13 @@ class TestTimeAdapter(nn.Module):
             parameter.grad = None
         try:
             # FSDP averages over the processes what is a sum here
-            (objective * _world() if sharded else objective).backward()
+            (objective * world_size() if sharded else objective).backward()
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         finally:
             for parameter in self._params:
                 parameter.grad = None
-        if _world() > 1 and not sharded:
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
-            torch.distributed.all_reduce(flat)
+        if world_size() > 1 and not sharded:
+            flat = _distributed.sum_(torch.cat([grad.reshape(-1) for grad in grads]))
             grads = [part.view_as(grad) for part, grad in zip(flat.split([grad.numel() for grad in grads]), grads, strict=True)]
         return grads
 
@@ -876,12 +872,6 @@ def _layers_found(model: nn.Module) -> str:
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner, _, leaf = name.rpartition(".")
     return model.get_submodule(owner), leaf
-
-
-def _world() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
 
 
 def _ordinary(leaf: Any) -> Any:

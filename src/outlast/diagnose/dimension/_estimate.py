@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from outlast._core import _checks
+from outlast._core import _checks, _distributed
 from outlast._core._features import Pool, layer_features
 from outlast._core._linalg import eigh_descending
 from outlast._core._neighbours import nearest
@@ -531,16 +531,13 @@ def _from_sorted(
 
 def _distances(values: Tensor, k: int, chosen: Tensor | None) -> Tensor:
     """Distances of the anchors, which the processes of ``torch.distributed`` share among them."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+    world = _distributed.world_size()
     if world == 1:
         return nearest(values, k, rows=chosen)[0]
-    rank = torch.distributed.get_rank()
     everyone = torch.arange(len(values), device=values.device) if chosen is None else chosen
-    mine, _ = nearest(values, k, rows=everyone[rank::world])
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, mine.cpu())
+    mine, _ = nearest(values, k, rows=everyone[_distributed.rank() :: world])
     result = torch.empty(len(everyone), k, dtype=torch.float64)
-    for number, part in enumerate(parts):
+    for number, part in enumerate(_distributed.gather(mine.cpu())):
         result[number::world] = part
     return result.to(values.device)
 
