@@ -85,12 +85,14 @@ class Context:
         after_epoch: Callable[[nn.Module, int], None] | None = None,
         max_steps: int | None = None,
         schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        stream: str = "",
     ) -> nn.Module:
         """Train with a cosine schedule that ends at zero (or ``schedule(optimizer, steps)``), and return the wrapped model.
 
         Every epoch goes through a fresh permutation and drops the incomplete last batch. With several devices each takes
         an equal share of every batch. Each update is one ``optimizer.step(closure)``, or ``step([closures])`` over
-        ``micro_batch`` samples each, for optimizers that take such.
+        ``micro_batch`` samples each, for optimizers that take such. ``stream`` names the random order of this training
+        where a cell trains more than once.
 
         Raises:
             DivergedError: an epoch's loss is not finite.
@@ -113,13 +115,13 @@ class Context:
         done = 0
         for epoch in range(epochs):
             model.train()
-            order = torch.randperm(len(images), generator=self.generator("order", epoch)).to(fabric.device)
-            stream = self.generator("augmentation", epoch)
+            order = torch.randperm(len(images), generator=self.generator(f"{stream}order", epoch)).to(fabric.device)
+            draws = self.generator(f"{stream}augmentation", epoch)
             loss_sum = torch.zeros((), device=fabric.device)
             for step in range(steps_per_epoch):
                 start = step * batch_size + fabric.global_rank * share
                 index = order[start : start + share]
-                batch = images[index] if augment is None else augment(images[index], stream)
+                batch = images[index] if augment is None else augment(images[index], draws)
                 closures = self._closures(model, optimizer, batch, labels[index], loss_fn, micro_batch)
                 loss = optimizer.step(closures[0] if micro_batch is None else closures)
                 rates.step()

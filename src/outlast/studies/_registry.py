@@ -14,6 +14,8 @@ _STUDIES = {
     "sam": "outlast.studies.sam:STUDY",
     "tent": "outlast.studies.tent:STUDY",
     "intrinsic-dimension": "outlast.studies.intrinsic_dimension:STUDY",
+    "gpm": "outlast.studies.gpm:STUDY",
+    "gradvac": "outlast.studies.gradvac:STUDY",
 }
 
 
