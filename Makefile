@@ -3,20 +3,20 @@
 .PHONY: help demo test lint docs bench clean
 SHELL := /bin/bash
 BIN := .venv/bin
-DEV := cli,train,vision,report,cluster,peers,dev
+DEV := cli,train,vision,report,cluster,studies,peers,dev
 OUT ?= runs/demo
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 demo: ## Run every study at quick scale and write one report
-	@tools/setup.sh cli,train,report
+	@tools/setup.sh cli,train,report,studies
 	@$(BIN)/outlast demo --out $(OUT)
 
 test: ## Run the tests
 	@tools/setup.sh $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered \
-	  --jaxtyping-packages=outlast.data,outlast._core,outlast.diagnose,outlast.adapt,shape_checker.arrays_only $(ARGS)
+	  --jaxtyping-packages=outlast.data,outlast._core,outlast.diagnose,outlast.adapt,outlast.continual,outlast.multitask,outlast.fewshot,shape_checker.arrays_only $(ARGS)
 
 lint: ## Check style, types and the direction of imports
 	@tools/setup.sh $(DEV)

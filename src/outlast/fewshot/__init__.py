@@ -1,0 +1,33 @@
+"""Few labels: classifiers from one to a few labelled samples of each class."""
+
+from outlast.fewshot._base_statistics import BaseStatistics
+from outlast.fewshot._baselines import LogisticClassifier, NearestMean, fewshot_baselines
+from outlast.fewshot._calibrate import Calibrated, calibrate
+from outlast.fewshot._calibration import DistributionCalibration
+from outlast.fewshot._episodes import EpisodeSampler, FewShotResult, embed, evaluate_episodes
+from outlast.fewshot._linear import SGDLinearClassifier
+from outlast.fewshot._logistic import LogisticFit, batched_logistic_regression
+from outlast.fewshot._transform import tukey_transform
+from outlast.fewshot._tune import CalibrationReport, TuningResult, calibration_report, tune_calibration
+
+__all__ = [
+    "BaseStatistics",
+    "Calibrated",
+    "CalibrationReport",
+    "DistributionCalibration",
+    "EpisodeSampler",
+    "FewShotResult",
+    "LogisticClassifier",
+    "LogisticFit",
+    "NearestMean",
+    "SGDLinearClassifier",
+    "TuningResult",
+    "batched_logistic_regression",
+    "calibrate",
+    "calibration_report",
+    "embed",
+    "evaluate_episodes",
+    "fewshot_baselines",
+    "tukey_transform",
+    "tune_calibration",
+]
