@@ -882,6 +882,8 @@ def test_interference_sees_forgetting():
     assert memory.interference([old])["0"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="empty"):
         memory.interference([])
+    with pytest.raises(ValueError, match="max_samples"):
+        memory.interference([old], max_samples=0)
     lean = GradientProjectionMemory(mlp(), threshold=0.5, keep_reference=False)
     lean.consolidate([old])
     with pytest.raises(StateError, match="keep_reference"):
@@ -1306,6 +1308,22 @@ def test_adapters_travel():
     again.attach(optimizer)
     train(other, optimizer, new, steps=20)
     assert float((other(old).detach() - before).abs().max()) < 1e-5
+
+
+def test_state_with_an_adapter_outside_the_model_loads_and_says_what_to_do():
+    torch.manual_seed(0)
+    model = nn.Linear(10, 4)
+    old = torch.randn(4, 10, generator=rng(1))
+    memory = GradientProjectionMemory(model, threshold=1.0)
+    memory.consolidate([old])
+    memory.constrain_adapter("weight", nn.Parameter(torch.randn(3, 10)))
+    again = GradientProjectionMemory(copy.deepcopy(model), threshold=1.0)
+    with pytest.warns(OutlastWarning, match=r"constrain_adapter\(\) again"):
+        again.load_state_dict(memory.state_dict())
+    assert again.ranks == memory.ranks
+    down = nn.Parameter(torch.randn(3, 10))
+    again.constrain_adapter("weight", down)
+    assert float((old @ down.detach().T).abs().max()) < 1e-5
 
 
 def test_freeze_and_release_and_load_leave_nothing_behind():

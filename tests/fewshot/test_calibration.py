@@ -129,6 +129,8 @@ def test_small_classes_ranks_and_limits():
         BaseStatistics.from_features(x, [0, 1, 2])
     with pytest.raises(ValueError, match="width 5, the statistics 6"):
         BaseStatistics(6).partial_fit(torch.zeros(2, 5), [0, 0])
+    with pytest.raises(ValueError, match="2 rows and labels 3"):
+        BaseStatistics(6).partial_fit(torch.zeros(2, 6), [0, 0, 1])
     with pytest.raises(ValueError, match="cannot merge"):
         BaseStatistics(6).merge(BaseStatistics(6, tukey=0.5))
     assert base.without([0]).labels == [1]

@@ -67,6 +67,7 @@ class Rows:
         self.finite = True
         self._spare = 1.0 - threshold
         self._rows: list[list[Tensor]] = [[] for _ in range(self.groups)]
+        self._kept = 0  # rows of the longest group after the last compression
         self._gram: Tensor | None = None
         self._dropped = basis.new_zeros(self.groups)
         self._inside = basis.new_zeros(basis.shape[0], basis.shape[2])
@@ -106,8 +107,6 @@ class Rows:
             for number, parts in enumerate(self._rows):
                 self._rows[number] = [self._compress(torch.cat(parts), number)] if parts else []
             self._kept = max((len(parts[0]) for parts in self._rows if parts), default=0)
-
-    _kept = 0
 
     def _compress(self, rows: Tensor, number: int) -> Tensor:
         values, vectors = eigh_descending(rows @ rows.mT)

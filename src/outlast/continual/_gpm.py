@@ -12,7 +12,7 @@ import re
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -160,9 +160,6 @@ class GradientProjectionMemory:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_attached": OrderedDict()}  # hooks belong to the original's optimizers
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     # ---- thresholds ----------------------------------------------------------------------------------------------------
 
@@ -394,16 +391,9 @@ class GradientProjectionMemory:
         seen = self._seen
         limit = None if max_samples is None else -(-max_samples // _distributed.world_size())
         with self._collecting(_Taker(self, seen)), eval_mode(self._model), torch.no_grad():
-            for batch in batches:
-                size = _size(batch)
-                if limit is not None and seen.samples + size > limit:
-                    batch = some_rows(batch, slice(limit - seen.samples))
-                    size = limit - seen.samples
-                if size:
-                    forward(self._model, batch)
+            for batch, size in _limited(batches, limit):
+                forward(self._model, batch)
                 seen.samples += size
-                if limit is not None and seen.samples >= limit:
-                    break
 
     def _rows_for(self, seen: _Seen, site: LinearSite) -> Rows:
         if site.name not in seen.rows:
@@ -652,22 +642,16 @@ class GradientProjectionMemory:
             raise StateError(
                 "interference() compares with the weights at the last consolidation: build the memory with keep_reference=True"
             )
+        if max_samples is not None:
+            _checks.integer("max_samples", max_samples, low=1)
         meter = _Meter()
-        seen, self._seen = self._seen, _Seen()
-        try:
-            with self._collecting(meter), eval_mode(self._model), torch.no_grad():
-                for batch in batches:
-                    size = _size(batch)
-                    if max_samples is not None and self._seen.samples + size > max_samples:
-                        batch = some_rows(batch, slice(max_samples - self._seen.samples))
-                    (forward or _forward)(self._model, batch)
-                    self._seen.samples += size
-                    if max_samples is not None and self._seen.samples >= max_samples:
-                        break
-            if not self._seen.samples:
-                raise ValueError("batches is empty: there are no inputs to compare on")
-        finally:
-            self._seen = seen
+        samples = 0
+        with self._collecting(meter), eval_mode(self._model), torch.no_grad():
+            for batch, size in _limited(batches, max_samples):
+                (forward or _forward)(self._model, batch)
+                samples += size
+        if not samples:
+            raise ValueError("batches is empty: there are no inputs to compare on")
         return {name: meter.ratio(name) for name in self._sites if name in meter.sums}
 
     @property
@@ -725,6 +709,8 @@ class GradientProjectionMemory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of a memory on a model with the same layers; attach the optimizer as before.
 
+        An adapter outside the model has no name in the state: a warning says that :meth:`constrain_adapter` must be called again.
+
         Raises:
             ValueError: layers that differ in name, kind or shape, each named.
         """
@@ -778,7 +764,8 @@ class GradientProjectionMemory:
         self._adapters = {}
         for layer, name in adapters.items():
             if name is None:
-                raise ValueError(f"the adapter of {layer!r} is outside the model: call constrain_adapter() again after loading")
+                self._warn_once(f"the adapter of {layer!r} is outside the model and is not constrained now: call constrain_adapter() again")
+                continue
             site = self._sites[layer]
             assert isinstance(site, LinearSite)
             self._adapters[layer] = Adapter(site, self._layers.parameters[name])
@@ -843,9 +830,20 @@ def _forward(model: nn.Module, batch: Any) -> Any:
     return call_with(model, batch)
 
 
-def _size(batch: Any) -> int:
-    rows = rows_of(batch)
-    return 1 if rows is None else rows
+def _limited(batches: Iterable[Any], limit: int | None) -> Iterator[tuple[Any, int]]:
+    """Batches with their numbers of rows, the last one cut so that no more than ``limit`` come in all."""
+    left = limit
+    for batch in batches:
+        rows = rows_of(batch)
+        size = 1 if rows is None else rows
+        if left is not None and size > left:
+            batch, size = some_rows(batch, slice(left)), left
+        if size:
+            yield batch, size
+        if left is not None:
+            left -= size
+            if left == 0:
+                return
 
 
 def _check_threshold(name: str, value: object) -> float:

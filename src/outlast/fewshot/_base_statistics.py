@@ -108,12 +108,7 @@ class BaseStatistics:
             ValueError: shapes that do not fit, values that are not finite, a class with one feature, too many bytes.
         """
         rows = _rows(features, "features")
-        names = _names(labels)
-        if len(names) != len(rows):
-            raise ValueError(f"features are {len(rows)} rows and labels {len(names)}")
-        members: dict[Any, list[int]] = {}
-        for number, name in enumerate(names):
-            members.setdefault(name, []).append(number)
+        members = _members(labels, len(rows))
         least = 2 if min_count is None else _checks.integer("min_count", min_count, low=2)
         few = [name for name, own in members.items() if len(own) < least]
         if few and min_count is None:
@@ -146,16 +141,15 @@ class BaseStatistics:
         return found
 
     def partial_fit(self, features: Any, labels: Any) -> BaseStatistics:
-        """Take in more features; classes may be new or known."""
+        """Take in more features; classes may be new or known.
+
+        Raises:
+            ValueError: shapes that do not fit, values that are not finite.
+        """
         rows = _rows(features, "features")
         if rows.shape[1] != self.dim:
             raise ValueError(f"features have width {rows.shape[1]}, the statistics {self.dim}")
-        names = _names(labels)
-        if len(names) != len(rows):
-            raise ValueError(f"features are {len(rows)} rows and labels {len(names)}")
-        members: dict[Any, list[int]] = {}
-        for number, name in enumerate(names):
-            members.setdefault(name, []).append(number)
+        members = _members(labels, len(rows))
         for name in _sorted(list(members)):
             self._add(name, rows[members[name]])
         return self
@@ -319,10 +313,15 @@ def _rows(features: Any, name: str) -> Tensor:
     return rows.detach()
 
 
-def _names(labels: Any) -> list[Any]:
-    if isinstance(labels, Tensor | np.ndarray):
-        return labels.tolist()
-    return list(labels)
+def _members(labels: Any, rows: int) -> dict[Any, list[int]]:
+    """Numbers of each class's rows."""
+    names: list[Any] = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    if len(names) != rows:
+        raise ValueError(f"features are {rows} rows and labels {len(names)}")
+    found: dict[Any, list[int]] = {}
+    for number, name in enumerate(names):
+        found.setdefault(name, []).append(number)
+    return found
 
 
 def _sorted(names: list[Any]) -> list[Any]:

@@ -20,8 +20,8 @@ from outlast.fewshot._logistic import batched_logistic_regression
 from outlast.fewshot._sklearn import EpisodeClassifier
 from outlast.fewshot._transform import Negative, tukey_transform
 
-_MISMATCH = 1.5
-_RIDGE = 1e-4
+MISMATCH = 1.5  # of distances, above which the official mixture of two spaces does not fit
+RIDGE = 1e-4  # of the mean variance
 _BATCH_BYTES = 96 << 20  # of rows; their copies side by side take three times as much
 
 
@@ -221,7 +221,7 @@ class DistributionCalibration(EpisodeClassifier):
         return torch.cat(rows), torch.cat(labels)
 
     def _warn_of_mismatch(self, support: Tensor) -> None:
-        if space_mismatch(support, self.base, self.tukey, self.negative) > _MISMATCH:
+        if space_mismatch(support, self.base, self.tukey, self.negative) > MISMATCH:
             warnings.warn(
                 "transformed supports are far from the raw base means: the official mixture of two spaces does not fit the scale of these "
                 "features. Compute the statistics with tukey= and set base_tukey=True",
@@ -322,7 +322,7 @@ def _lda(calibrated: Calibrated, y: Tensor, classes: int) -> tuple[Tensor, Tenso
         if supports > classes:
             shared.addmm_(spread.mT, spread, alpha=1.0 / (supports - classes))
         trace = float(shared.diagonal().sum())
-        ridge = _RIDGE * trace / d if trace > 0 else 1.0
+        ridge = RIDGE * trace / d if trace > 0 else 1.0
         weight[episode] = torch.cholesky_solve(centres[episode].mT, torch.linalg.cholesky(shared + ridge * eye)).mT
     return weight, -0.5 * (weight * centres).sum(-1)
 

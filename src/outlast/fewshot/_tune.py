@@ -16,7 +16,7 @@ from outlast._core._result import JSON, Result, to_json
 from outlast.errors import OutlastWarning
 from outlast.fewshot._base_statistics import BaseStatistics
 from outlast.fewshot._calibrate import calibrate
-from outlast.fewshot._calibration import DistributionCalibration, space_mismatch
+from outlast.fewshot._calibration import MISMATCH, RIDGE, DistributionCalibration, space_mismatch
 from outlast.fewshot._episodes import FewShotResult, evaluate_episodes
 
 _PLAIN: tuple[dict[str, Any], ...] = (
@@ -172,7 +172,7 @@ class CalibrationReport(Result):
     @property
     def fits(self) -> bool:
         """Neither far from the base classes nor in another space."""
-        return self.far < 0.5 and self.mismatch <= 1.5
+        return self.far < 0.5 and self.mismatch <= MISMATCH
 
     def to_dict(self) -> dict[str, JSON]:
         """All fields and the judgement."""
@@ -208,5 +208,5 @@ def calibration_report(base: BaseStatistics, support: Tensor, *, k: int = 2, alp
         for c in found.covariance().reshape(-1, base.dim, base.dim).double()
     ]
     return CalibrationReport(
-        nearest, typical, float((nearest > 2 * typical).double().mean()), space_mismatch(support, base, tukey), torch.tensor(ranks), 1e-4
+        nearest, typical, float((nearest > 2 * typical).double().mean()), space_mismatch(support, base, tukey), torch.tensor(ranks), RIDGE
     )

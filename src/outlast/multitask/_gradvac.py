@@ -171,11 +171,11 @@ class GradVac:
         self._shared: frozenset[int] | None = None
         self._shared_parameters: list[nn.Parameter] | None = None
         self._refresh()
-        if not isinstance(shared, str):
-            self._shared_parameters = list(shared)
-            self._shared = self._numbers_of(self._shared_parameters)
         if isinstance(shared, str):
             _checks.choice("shared", shared, ("auto",))
+        else:
+            self._shared_parameters = list(shared)
+            self._shared = self._numbers_of(self._shared_parameters)
         self._vaccinate = None if vaccinate is None else frozenset(self._known("vaccinate", vaccinate))
         self._weights = {name: _checks.real(f"weight of task {name!r}", value) for name, value in (weights or {}).items()}
         self._known("weights", self._weights)
@@ -408,7 +408,7 @@ class GradVac:
         }
 
     def reset(self, tasks: Collection[Hashable] | None = None) -> None:
-        """Set the adaptive targets of all pairs, or of all pairs with these tasks, back to 0, and drop gradient buffers."""
+        """Set the adaptive targets of all pairs, or of all pairs with these tasks, back to 0, and drop these tasks' gradient buffers."""
         numbers = list(range(len(self._tasks))) if tasks is None else [self._tasks.index(name) for name in self._check_tasks(tasks)]
         self._targets[:, numbers, :] = 0.0
         self._targets[:, :, numbers] = 0.0

@@ -64,10 +64,15 @@ class Labels:
 
 
 class Contribution(Protocol):
-    """What one parameter's uses give: inner products of tasks' gradients, and weighted sums of them."""
+    """What one parameter's uses give: inner products of tasks' gradients, and weighted sums of them.
+
+    ``size`` is the number of entries held, ``count`` that of the tasks (or halves).
+    """
 
     @property
     def size(self) -> int: ...
+    @property
+    def count(self) -> int: ...
     def gram(self) -> Tensor: ...
     def combine(self, weights: Tensor) -> Tensor: ...
 
@@ -81,6 +86,10 @@ class Dense:
     @property
     def size(self) -> int:
         return self.grads.numel()
+
+    @property
+    def count(self) -> int:
+        return len(self.grads)
 
     def gram(self) -> Tensor:
         return _vectors.gram(list(self.grads.flatten(1)))
@@ -115,7 +124,7 @@ class Ghost:
     """A linear weight's (``x`` given) or bias's gradients as rows and output gradients, never formed."""
 
     def __init__(self, x: Tensor | None, outputs: Outputs, labels: Tensor, count: int) -> None:
-        self._x, self._outputs, self._labels, self._count = x, outputs, labels, count
+        self._x, self._outputs, self._labels, self.count = x, outputs, labels, count
 
     @property
     def size(self) -> int:
@@ -124,7 +133,7 @@ class Ghost:
     def gram(self) -> Tensor:
         between = self._outputs.between
         kernel = between if self._x is None else (self._x @ self._x.T).mul_(between)
-        members = F.one_hot(self._labels, self._count).double()
+        members = F.one_hot(self._labels, self.count).double()
         return ((members.T @ kernel.double() @ members) * self._outputs.scale.double().square()).cpu()
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -137,7 +146,7 @@ class Ghost:
         """Several uses as one with all their rows."""
         outputs = Outputs(torch.cat([part._outputs.d for part in parts]))
         xs = [part._x for part in parts if part._x is not None]
-        return Ghost(torch.cat(xs) if xs else None, outputs, torch.cat([part._labels for part in parts]), parts[0]._count)
+        return Ghost(torch.cat(xs) if xs else None, outputs, torch.cat([part._labels for part in parts]), parts[0].count)
 
 
 @dataclass
@@ -151,6 +160,10 @@ class Token:
     @property
     def size(self) -> int:
         return self.grads.numel()
+
+    @property
+    def count(self) -> int:
+        return len(self.grads)
 
     def gram(self) -> Tensor:
         return Dense(self.grads).gram()
@@ -549,11 +562,7 @@ def _conv_backward(use: _Use, d: Tensor, x: Tensor, weight: Tensor, mask: tuple[
 
 def dense(part: Contribution) -> Tensor:
     """A contribution's gradients by task, ``(T, *shape)``."""
-    if isinstance(part, Dense):
-        return part.grads
-    count = len(part.gram())
-    eye = torch.eye(count)
-    return torch.stack([part.combine(row) for row in eye])
+    return part.grads if isinstance(part, Dense) else torch.stack([part.combine(row) for row in torch.eye(part.count)])
 
 
 def merged(parts: Sequence[Contribution]) -> Contribution:
