@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,6 +110,7 @@ def _child(rank: int, work: Callable[..., Any], folder: str, count: int) -> None
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     try:
         torch.save(work(rank, count), Path(folder) / f"{rank}.pt")
+        gc.collect()  # a wrapped model in a cycle keeps the group alive into the interpreter's exit, where gloo's threads abort
         torch.distributed.barrier()  # gloo aborts a process whose peer is gone before it
     finally:
         torch.distributed.destroy_process_group()
