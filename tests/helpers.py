@@ -427,3 +427,64 @@ def families(*, seed: int = 0, d: int = 16, classes: int = 40, each: int = 60, u
         other = 1.5 * torch.randn(8, d, generator=stream)
         return draw(classes, other, shapes[torch.randperm(8, generator=stream)]), draw(20, means, shapes)
     return draw(classes, means, shapes), draw(20, means, shapes)
+
+
+def nt_xent_run(rank: int, count: int) -> dict[str, Any]:
+    """Gathered NT-Xent of seven samples, four of them on the first process; the gradient averaged as DDP does."""
+    from outlast.fewshot import nt_xent
+
+    z = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    weight = torch.eye(5).requires_grad_()
+    own = z if count == 1 else z[:, :4] if rank == 0 else z[:, 4:]
+    first, second = own @ weight
+    loss = nt_xent(first, second, temperature=0.5, gather="auto")
+    loss.backward()
+    grad = weight.grad
+    assert grad is not None
+    if count > 1:
+        torch.distributed.all_reduce(grad)
+        grad /= count
+    alone = nt_xent(first.detach(), second.detach(), temperature=0.5)
+    return {"loss": loss.detach(), "grad": grad, "alone": alone}
+
+
+def startup_run(rank: int, count: int) -> dict[str, Any]:
+    """STARTUP through Fabric, without BatchNorm and augmentation, whole and in micro-batches."""
+    from lightning_fabric import Fabric
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from outlast.data import Indexed
+    from outlast.fewshot import TwoViews, adapt_representation
+
+    if count > 1:  # as torchrun would say it
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            LOCAL_WORLD_SIZE=str(count),
+            GROUP_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT="29500",
+            TORCHELASTIC_RUN_ID="test",
+        )
+    fabric = Fabric(accelerator="cpu", devices=count, strategy="ddp" if count > 1 else "auto")
+    fabric.launch()
+    rng = torch.Generator().manual_seed(0)
+    x, y, u = torch.randn(40, 4, generator=rng), torch.randint(0, 3, (40,), generator=rng), torch.randn(36, 4, generator=rng)
+    result: dict[str, Any] = {}
+    for name, size in {"whole": None, "parts": 2}.items():
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        found = adapt_representation(
+            teacher,
+            DataLoader(TensorDataset(x, y), 8),
+            DataLoader(Indexed(TensorDataset(u)), 8),
+            epochs=2,
+            lr=0.05,
+            views=TwoViews(lambda v: 1.5 * v, lambda v: v + 0.3, batch_ndim=2),
+            micro_batch=size,
+            fabric=fabric,
+        )
+        result[name] = snapshot(found.student)
+        result[f"{name} loss"] = torch.tensor(found.history[-1]["total"])
+    return result

@@ -2,6 +2,7 @@
 
 from outlast.data._catalogues import find_catalogues, load_catalogues
 from outlast.data._fetch import fetch
+from outlast.data._indexed import Indexed
 from outlast.data._load import ImageSet, load, standardise
 from outlast.data._registry import DATASETS, DatasetInfo, data_folder, find, info
 from outlast.data._weights import WEIGHTS, WeightsInfo, find_weights, load_weights
@@ -11,6 +12,7 @@ __all__ = [
     "WEIGHTS",
     "DatasetInfo",
     "ImageSet",
+    "Indexed",
     "WeightsInfo",
     "data_folder",
     "fetch",
