@@ -36,7 +36,8 @@ def fetch(name: str, folder: Path | None = None) -> Path:
         # torchvision prints to standard output, which belongs to results
         with contextlib.redirect_stdout(sys.stderr):
             for train in (True, False):
-                getattr(datasets, cls_name)(str(target), train=train, download=True)
+                split = {"background": train} if name == "omniglot" else {"train": train}
+                getattr(datasets, cls_name)(str(target), **split, download=True)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise MissingDataError(

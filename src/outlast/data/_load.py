@@ -51,7 +51,7 @@ def load(name: str, split: Split = "train", *, variant: Variant = "full") -> Ima
     """Load a split of a data set.
 
     Args:
-        name: one of ``DATASETS``: ``"fashion-mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``.
+        name: one of ``DATASETS``: ``"fashion-mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``, ``"omniglot"``.
         split: ``"train"`` or ``"test"``.
         variant: ``"full"`` from the folder that ``OUTLAST_DATA`` names, or ``"small"``, the subset inside the package.
 
@@ -65,6 +65,8 @@ def load(name: str, split: Split = "train", *, variant: Variant = "full") -> Ima
     place = find(name, split, variant)
     if name in ("cifar10", "cifar100"):
         images, labels, origin = _load_cifar(entry, place, split)
+    elif name == "omniglot":
+        images, labels, origin = _load_omniglot(entry, place, split)
     else:
         images, labels = (_read_idx(path, checksum) for path, checksum in zip(place.files, place.checksums, strict=True))
         images = images[:, None]
@@ -130,3 +132,28 @@ def _load_cifar(entry: DatasetInfo, place: Place, split: Split) -> tuple[UInt8Ar
             labels_by_class.append(np.full(len(tiles_by_class[-1]), int(name[:3]), np.uint8))
     codec = "exact" if index["options"].get("lossless") else f"{index['format']} quality {index['options']['quality']}"
     return np.concatenate(tiles_by_class), np.concatenate(labels_by_class), f"{entry.title} {split}, {codec}"
+
+
+def _load_omniglot(entry: DatasetInfo, place: Place, split: Split) -> tuple[UInt8Array, npt.NDArray[np.int64], str]:
+    """20 drawings of each character, in the order of characters and drawers; ink is 255."""
+    path = place.files[0]
+    if place.kind == "embedded":
+        data = _unpack(path)
+        _check(path, data, place.checksums[0])
+        ink = np.unpackbits(np.frombuffer(data, np.uint8)).reshape(-1, 28, 28)
+        origin = f"{entry.title} {split}, embedded at 28x28"
+    elif place.kind == "folder":
+        data = path.read_bytes()
+        _check(path, data, place.checksums[0])
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            ink = ~arrays["images"].reshape(-1, 105, 105)
+        origin = f"{entry.title} {split}, full set"
+    else:
+        image_module = require("PIL.Image", extra="vision", purpose=f"reading {entry.title}")
+        drawings = sorted(path.glob("*/*/*.png"), key=lambda file: (file.parts[-3], file.parts[-2], file.stem.rpartition("_")[2]))
+        if len(drawings) != entry.splits[split]:
+            raise DamagedFileError(f"{path} holds {len(drawings)} drawings, expected {entry.splits[split]}; get it again")
+        ink = np.stack([~np.asarray(image_module.open(file).convert("1")) for file in drawings])
+        origin = f"{entry.title} {split}, full set"
+    first = 0 if split == "train" else 964
+    return (ink.astype(np.uint8) * np.uint8(255))[:, None], first + np.arange(len(ink)) // 20, origin

@@ -89,6 +89,24 @@ _CIFAR100_CLASSES = (
     "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm "
 )
 
+_OMNIGLOT = (  # alphabets with the number of their characters: 30 of the background, 20 of the evaluation
+    "Arcadian:26 Armenian:41 Asomtavruli_(Georgian):40 Balinese:24 Bengali:46 "
+    "Blackfoot_(Canadian_Aboriginal_Syllabics):14 Braille:26 Cyrillic:33 Early_Aramaic:22 Syriac_(Estrangelo):23 "
+    "Anglo-Saxon_Futhorc:29 Futurama:26 Grantha:43 Greek:24 Gujarati:48 Hebrew:22 Japanese_(hiragana):52 "
+    "Inuktitut_(Canadian_Aboriginal_Syllabics):16 Malay_(Jawi_-_Arabic):40 Japanese_(katakana):47 Korean:40 "
+    "Latin:26 Alphabet_of_the_Magi:20 Mkhedruli_(Georgian):41 Burmese_(Myanmar):34 N_Ko:33 "
+    "Ojibwe_(Canadian_Aboriginal_Syllabics):14 Sanskrit:42 Tagalog:17 Tifinaghs:55 Angelic:20 Atemayar_Qelisayer:26 "
+    "Atlantean:26 Aurek-Besh:26 Avesta:26 Ge_ez:26 Glagolitic:45 Gurmukhi:45 Kannada:41 Keble:26 Malayalam:47 "
+    "Manipuri:40 Mongolian:30 Old_Church_Slavonic_(Cyrillic):45 Oriya:46 Syriac_(Serto):23 Sylheti:28 Tengwar:25 "
+    "Tibetan:42 ULOG:26 "
+)
+
+
+def _characters() -> tuple[str, ...]:
+    alphabets = (entry.rpartition(":")[::2] for entry in _OMNIGLOT.split())
+    return tuple(f"{alphabet} {number}" for alphabet, count in alphabets for number in range(1, int(count) + 1))
+
+
 _ALL = (
     DatasetInfo(
         name="fashion-mnist",
@@ -170,6 +188,27 @@ _ALL = (
         torchvision=("CIFAR100", "cifar-100-python"),
         note="in the outlast layout both splits are JPEG (quality 80): for comparisons between methods, not with papers' figures",
     ),
+    DatasetInfo(
+        name="omniglot",
+        title="Omniglot",
+        content="black and white 105x105 drawings of 1,623 characters, 20 of each (embedded: all of them at 28x28)",
+        licence="MIT (Brenden Lake)",
+        source="https://github.com/brendenlake/omniglot",
+        folder="omniglot",
+        classes=_characters(),
+        splits={"train": 19_280, "test": 13_180},
+        small={"train": 19_280, "test": 13_180},
+        files={
+            "train": {"images_background.npz": "8bf84167413cd00beacdce3fe582f780ab538d8dbef043a6d688f2527bbce199"},
+            "test": {"images_evaluation.npz": "0b84c7ffd94c4841c0040e529c86a82eaaccb986d8eadad5673f7991b7475276"},
+        },
+        small_files={
+            "train": {"background-28x28-1bit": "f8c000bcbcb6e3506aa8cc802190ea1e6d5bb25fc23dca1e79e3429803948d7a"},
+            "test": {"evaluation-28x28-1bit": "e7df8303784935d8e2d8a5a595659fd27bb9c53bb5de1f27c55f7bf4e17462bd"},
+        },
+        torchvision=("Omniglot", "omniglot-py"),
+        note="train is the background set (characters 0 to 963), test the evaluation set (964 to 1,622); ink is 255, paper 0",
+    ),
 )
 
 DATASETS: Mapping[str, DatasetInfo] = {entry.name: entry for entry in _ALL}
@@ -231,6 +270,9 @@ def find(name: str, split: Split, variant: Variant = "full") -> Place:
             found = [_present(root, file) for file in files]
             if all(path is not None for path in found):
                 return Place(place, tuple(path for path in found if path is not None), tuple(files.values()))
+        drawings = folder / entry.torchvision[1] / f"images_{'background' if split == 'train' else 'evaluation'}"
+        if name == "omniglot" and drawings.is_dir():
+            return Place("torchvision", (drawings,), ())
         meta = {"cifar10": "batches.meta", "cifar100": "meta"}.get(name)
         if meta is not None and (folder / entry.torchvision[1] / meta).is_file():
             return Place("torchvision", (folder,), ())
