@@ -27,6 +27,18 @@ def small_conv(norm: Literal["batch", "group"], num_classes: int = 10) -> nn.Seq
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
 
 
+def conv4(channels: int, width: int) -> nn.Sequential:
+    """Four blocks of 3x3 convolution, BatchNorm, ReLU and pooling (``width`` times 1, 2, 2, 4 channels), then the global mean.
+
+    The backbone of few-shot studies: features ``(n, 4 * width)``, not negative.
+    """
+    layers: list[nn.Module] = []
+    for before, after, pool in ((channels, width, 2), (width, 2 * width, 2), (2 * width, 2 * width, 2), (2 * width, 4 * width, 1)):
+        layers += [nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.MaxPool2d(pool)] if pool > 1 else []
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 class _Block(nn.Module):
     """Two 3x3 convolutions; the shortcut takes every second pixel and pads channels with zeros where shapes change."""
 

@@ -16,6 +16,8 @@ _STUDIES = {
     "intrinsic-dimension": "outlast.studies.intrinsic_dimension:STUDY",
     "gpm": "outlast.studies.gpm:STUDY",
     "gradvac": "outlast.studies.gradvac:STUDY",
+    "startup": "outlast.studies.startup:STUDY",
+    "distribution-calibration": "outlast.studies.distribution_calibration:STUDY",
 }
 
 
