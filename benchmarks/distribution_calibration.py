@@ -15,7 +15,8 @@ from benchmarks._harness import Row, medians, write
 from outlast.fewshot import BaseStatistics, DistributionCalibration, EpisodeSampler, SGDLinearClassifier
 
 
-def _features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Base rows and labels, novel rows and labels, 640 wide, not negative."""
     stream = torch.Generator().manual_seed(0)
 
     def draw(classes: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +42,7 @@ def _official(means: np.ndarray, covariances: np.ndarray, support: np.ndarray, q
 
 
 def _calibration() -> list[Row]:
-    base_rows, base_labels, rows, labels = _features()
+    base_rows, base_labels, rows, labels = features()
     base = BaseStatistics.from_features(base_rows, base_labels)
     wide = base_rows.double().numpy().reshape(64, 600, 640)
     means, covariances = wide.mean(1), np.stack([np.cov(own.T) for own in wide])

@@ -445,10 +445,22 @@ def test_bank_uses_no_row_twice_in_an_episode():
     bank = _Bank(base, 50, 0, base.means)
     bank.begin()
     stream = rng(1)
-    drawn = torch.cat([bank._next(0, 50, stream) for _ in range(4)])
-    assert len(drawn.unique()) == 200
+    drawn = torch.cat([bank._next(0, 50, stream) for _ in range(2)])
+    assert len(drawn.unique()) == 100
     bank.begin()
     assert len(bank._next(0, 500, stream)) == 500
+
+
+def test_fits_share_a_bank_until_features_come_in():
+    from outlast.fewshot._calibration import _Bank
+
+    base = known_base()
+    kept = _Bank(base, 50, 0, base.means)._of(0)
+    assert _Bank(base, 50, 0, base.means)._of(0) is kept
+    assert _Bank(base, 50, 1, base.means)._of(0) is not kept
+    kept = _Bank(base, 50, 0, base.means)._of(0)
+    base.partial_fit(10.0 + base.means[:1].repeat(2, 1) + torch.randn(2, base.dim, generator=rng()), [base.labels[0]] * 2)
+    assert not torch.equal(_Bank(base, 50, 0, base.means)._of(0), kept)
 
 
 def test_signed_features_and_wrong_bounds():

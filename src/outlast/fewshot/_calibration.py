@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -234,14 +235,24 @@ class DistributionCalibration(EpisodeClassifier):
         return rows @ self._weight.to(rows).mT + self._bias.to(rows)[:, None]
 
 
+_BANKS: WeakKeyDictionary[BaseStatistics, tuple[tuple[Any, ...], dict[int, Tensor]]] = WeakKeyDictionary()
+
+
 class _Bank:
-    """Draws of each base class made once: an episode then gathers rows and adds them, with a random sign each."""
+    """Draws of each base class made once: an episode then gathers rows and adds them, with a random sign each.
+
+    The latest bank of some statistics is kept as long as they live, so that many fits share it.
+    """
 
     def __init__(self, base: BaseStatistics, samples: int, seed: int, like: Tensor) -> None:
-        self.rows = 4 * max(1, samples)
+        self.rows = 2 * max(1, samples)
         self._orders: dict[int, Tensor] = {}  # of the present episode: what is left of each class's rows
-        self._draws: dict[int, Tensor] = {}
         self._base, self._seed, self._like = base, seed, like
+        key = (seed, self.rows, like.dtype, like.device, int(base.counts.sum()))  # features that came in change the count
+        kept = _BANKS.get(base)
+        if kept is None or kept[0] != key:
+            kept = _BANKS[base] = (key, {})
+        self._draws = kept[1]
 
     def _of(self, number: int) -> Tensor:
         if number not in self._draws:

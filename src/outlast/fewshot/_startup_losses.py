@@ -73,8 +73,9 @@ def nt_xent(
         if total < 2:
             raise ValueError("NT-Xent needs at least 2 samples: one alone has no negative, so its loss is always 0")
         own = torch.arange(offset, offset + size, device=z1.device)
-        similarity = (every / temperature) @ columns.T
-        similarity.scatter_(1, torch.cat([own, own + total])[:, None], -torch.inf)  # a row is not its own negative
+        # A row is not its own negative. Minus infinity is added, not written over: that would copy the matrix once more going back
+        similarity = every.new_zeros(2 * size, 2 * total).scatter_(1, torch.cat([own, own + total])[:, None], -torch.inf)
+        similarity = torch.addmm(similarity, every, columns.T, alpha=1.0 / temperature)
         losses = F.cross_entropy(similarity, torch.cat([own + total, own]), reduction="none" if reduction == "none" else "sum")
         if reduction != "mean":
             return losses

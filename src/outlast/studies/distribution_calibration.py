@@ -415,7 +415,7 @@ _CIFAR = Part(
             settings=(
                 Setting("shot-1", "1 label a class"),
                 Setting("shot-5", "5 labels a class", {"shot": 5}),
-                Setting("more-1", "1 label, a network of 12 epochs on all 600 images a class", {"per_class": 600, "epochs": 12}),
+                Setting("more-1", "1 label, a network trained on all 600 images a class", {"per_class": 600}),
             ),
             data=(("cifar100", "full"),),
             minutes=30,

@@ -186,9 +186,14 @@ def _teacher(config: Transfer, images: Tensor, labels: Tensor, context: Context)
 
 
 def _pseudo_labels(teacher: nn.Module, unlabelled: Tensor) -> PseudoLabels:
+    import warnings
+
+    from outlast.errors import OutlastWarning
     from outlast.fewshot import pseudo_label
 
-    return pseudo_label(teacher, unlabelled.split(500), ids=range(len(unlabelled)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutlastWarning)  # of a collapsed teacher: the metrics "used" and "confidence" say it
+        return pseudo_label(teacher, unlabelled.split(500), ids=range(len(unlabelled)))
 
 
 # ---- declarations ------------------------------------------------------------------------------------------------------
