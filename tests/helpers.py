@@ -456,17 +456,8 @@ def startup_run(rank: int, count: int) -> dict[str, Any]:
     from outlast.data import Indexed
     from outlast.fewshot import TwoViews, adapt_representation
 
-    if count > 1:  # as torchrun would say it
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(count),
-            LOCAL_WORLD_SIZE=str(count),
-            GROUP_RANK="0",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT="29500",
-            TORCHELASTIC_RUN_ID="test",
-        )
+    if count > 1:
+        _as_torchrun(rank, count)
     fabric = Fabric(accelerator="cpu", devices=count, strategy="ddp" if count > 1 else "auto")
     fabric.launch()
     rng = torch.Generator().manual_seed(0)
@@ -488,3 +479,47 @@ def startup_run(rank: int, count: int) -> dict[str, Any]:
         result[name] = snapshot(found.student)
         result[f"{name} loss"] = torch.tensor(found.history[-1]["total"])
     return result
+
+
+def startup_norm_run(rank: int, count: int) -> dict[str, Any]:
+    """STARTUP with BatchNorm, a choice of rates and terms without weight, through Fabric."""
+    from lightning_fabric import Fabric
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from outlast.data import Indexed
+    from outlast.fewshot import StartupLoss, TwoViews, adapt_representation
+
+    _as_torchrun(rank, count)
+    fabric = Fabric(accelerator="cpu", devices=count, strategy="ddp")
+    fabric.launch()
+    rng = torch.Generator().manual_seed(0)
+    x, y, u = torch.randn(40, 4, generator=rng), torch.randint(0, 3, (40,), generator=rng), torch.randn(36, 4, generator=rng)
+    result: dict[str, Any] = {}
+    for name, weights in {"all": (1.0, 1.0, 1.0), "simclr": (0.0, 0.0, 1.0), "source": (1.0, 0.0, 0.0)}.items():
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+        found = adapt_representation(
+            teacher,
+            DataLoader(TensorDataset(x, y), 8),
+            DataLoader(Indexed(TensorDataset(u)), 8),
+            epochs=4,
+            lr=[0.05, 0.04, 0.06, 0.07, 0.03],
+            loss=StartupLoss(0.5, weights),
+            views=TwoViews(lambda v: v + 0.3 * torch.randn(v.shape), batch_ndim=2),
+            fabric=fabric,
+        )
+        result[name] = {"state": list(found.student.state_dict().values()), "lr": found.lr, "epoch": found.best_epoch, "rates": found.rates}
+    return result
+
+
+def _as_torchrun(rank: int, count: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+        TORCHELASTIC_RUN_ID="test",
+    )

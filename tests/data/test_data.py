@@ -51,21 +51,26 @@ def test_embedded_omniglot_is_complete():
 def test_omniglot_is_read_in_torchvisions_layout(tmp_path, monkeypatch):
     image_module = pytest.importorskip("PIL.Image", reason="Pillow (extra vision) is not installed")
     folder = tmp_path / "omniglot-py" / "images_evaluation"
-    for number in (2, 1):
-        character = folder / "Angelic" / f"character{number:02}"
+    for number, name in ((2, "Syriac_(Serto)/character01"), (1, "Sylheti/character02"), (0, "Sylheti/character01")):
+        character = folder / name
         character.mkdir(parents=True)
         for drawer in range(1, 21):
             paper = np.full((105, 105), 255, np.uint8)
             paper[drawer, number] = 0
             image_module.fromarray(paper).convert("1").save(character / f"{1000 - number}_{drawer:02}.png")
     monkeypatch.setenv("OUTLAST_DATA", str(tmp_path))
-    with pytest.raises(DamagedFileError, match="40 drawings, expected 13180"):
+    with pytest.raises(DamagedFileError, match="60 drawings, expected 13180"):
         load("omniglot", "test")
-    entry = dataclasses.replace(DATASETS["omniglot"], splits={"train": 19_280, "test": 40})
+    entry = dataclasses.replace(DATASETS["omniglot"], splits={"train": 19_280, "test": 60})
     monkeypatch.setitem(DATASETS, "omniglot", entry)
     data = load("omniglot", "test")
-    assert data.images.shape == (40, 1, 105, 105)
-    assert data.images.flatten(1).argmax(1).tolist() == [drawer * 105 + number for number in (1, 2) for drawer in range(1, 21)]
+    assert data.images.shape == (60, 1, 105, 105)
+    order = (0, 1, 2) if data.classes.index("Sylheti 1") < data.classes.index("Syriac_(Serto) 1") else (2, 0, 1)
+    assert data.images.flatten(1).argmax(1).tolist() == [drawer * 105 + number for number in order for drawer in range(1, 21)]
+    (folder / "Klingon" / "character01").mkdir(parents=True)
+    shutil.copyfile(folder / "Sylheti/character01/1000_01.png", folder / "Klingon" / "character01" / "1_01.png")
+    with pytest.raises(DamagedFileError, match="no alphabet"):
+        load("omniglot", "test")
 
 
 def test_embedded_files_fit_the_limit_and_carry_licence_and_provenance():

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 
 from outlast.adapt import recalibrate_batchnorm
 from outlast.data import Indexed
-from outlast.errors import DamagedFileError, DivergedError, UnsupportedError
+from outlast.errors import DamagedFileError, DivergedError, OutlastWarning, UnsupportedError
 from outlast.fewshot import (
     ProjectionHead,
     PseudoLabels,
@@ -404,7 +405,7 @@ def test_wrong_loaders_and_arguments_are_refused():
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         run(s=DataLoader(TensorDataset(torch.zeros(8, 4), torch.full((8,), 5)), 4))
     with pytest.raises(ValueError, match="no pseudo-label of the sample"):
-        run(pseudo_labels=PseudoLabels(torch.full((2, 3), 1 / 3), torch.arange(2)))
+        run(pseudo_labels=PseudoLabels(torch.full((33, 3), 1 / 3), torch.arange(100, 133)))
     with pytest.raises(ValueError, match="pseudo_labels have 2 classes, the teacher 3"):
         run(pseudo_labels=PseudoLabels(torch.full((33, 2), 0.5), torch.arange(33)), s=source)
     for settings, text in (
@@ -435,3 +436,127 @@ def test_fabric_gives_what_the_plain_loop_gives():
     found = adapt(fabric=fabric)
     assert equal(state(found.student), state(expected.student))
     assert found.history == expected.history
+
+
+def test_terms_without_weight_leave_the_statistics_alone():
+    source, target = loaders()
+    model = teacher()
+    settings = {"epochs": 2, "lr": 0.05, "views": TwoViews(lambda x: 2 * x, batch_ndim=2), "validation": None}
+    with_source, without = (
+        adapt_representation(model, first, target, loss=StartupLoss(weights=(0, 0, 1)), **settings) for first in (source, None)
+    )
+    assert equal(state(with_source.backbone), state(without.backbone))
+    alone = adapt_representation(model, source, target, loss=StartupLoss(weights=(1, 0, 0)), **settings)
+    assert int(alone.backbone[1].num_batches_tracked) == 2 * 4
+    logits, none, nothing = alone.student(torch.zeros(3, 4), ())
+    assert logits.shape == (3, 3)
+    assert none is nothing is None
+
+
+def test_numbers_that_are_no_sample_numbers_are_refused():
+    source, target = loaders()
+    model = teacher()
+    u = target.dataset.dataset.tensors[0]
+    labels = pseudo_label(model, DataLoader(TensorDataset(u), 8), ids=range(33))
+
+    def run(dataset, **settings):
+        settings = {"epochs": 1, "lr": 0.05, "views": VIEWS, "pseudo_labels": labels, **settings}
+        return adapt_representation(model, source, DataLoader(dataset, 8), **settings)
+
+    with pytest.raises(ValueError, match="comes twice in one pass"):
+        run(TensorDataset(u, torch.arange(33) % 5))
+    with pytest.raises(ValueError, match="integer number of each sample"):
+        run(TensorDataset(u))
+    with pytest.raises(ValueError, match="integer number of each sample"):
+        run(TensorDataset(u, torch.rand(33)))
+    with pytest.raises(ValueError, match="pseudo_labels are of 33 samples, the target data have 66"):
+        run(torch.utils.data.ConcatDataset([Indexed(TensorDataset(u))] * 2))
+    with pytest.raises(ValueError, match="here the first entry is one tensor"):
+        run(Indexed([(row, row) for row in u]), views=None)
+    with pytest.warns(OutlastWarning, match="another teacher"):
+        adapt_representation(teacher(3), source, target, epochs=1, lr=0.05, views=VIEWS, pseudo_labels=labels)
+
+
+class Neck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.neck, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.neck(self.backbone(x)).relu())
+
+
+@pytest.mark.parametrize("model", [Neck(), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3), nn.LogSoftmax(1))])
+def test_a_teacher_that_is_not_backbone_and_head_is_refused(model):
+    with pytest.raises(ValueError, match=r"give it as \(backbone, head\)"):
+        adapt(model)
+
+
+def test_validation_must_hold_something_out():
+    for shares in ((0.0, 0.0), (0.05, 0.0), (0.0, 0.1)):
+        with pytest.raises(ValueError, match="validation=None"):
+            adapt(validation=shares)
+    with pytest.raises(TypeError, match="pair of shares"):
+        adapt(validation=0.1)
+    assert adapt(loss=StartupLoss(weights=(0, 1, 1)), validation=(0.0, 0.1)).best_epoch > 0
+
+
+def test_the_momentum_teacher_survives_a_rate_that_diverges():
+    found = adapt(teacher_update="ema", lr=[1e30, 0.05])
+    assert found.lr == 0.05
+    assert math.isnan(found.rates[1e30])
+    with pytest.raises(DivergedError):
+        adapt(teacher_update="ema", lr=1e30)
+
+
+def test_checkpoints_take_numpy_numbers_and_refuse_other_settings(tmp_path):
+    adapt(lr=np.float64(0.05), seed=np.int64(3), epochs=2, checkpoint_dir=tmp_path)
+    found = adapt(lr=0.05, seed=3, epochs=3, checkpoint_dir=tmp_path)
+    assert len(found.history) == 3
+    for settings, text in (
+        ({"epochs": 2}, "3 epochs already"),
+        ({"epochs": 3, "optimizer": torch.optim.AdamW}, "optimizer was 'SGD'"),
+        ({"epochs": 3, "micro_batch": 4}, "micro_batch"),
+        ({"epochs": 3, "projection_dim": 16}, "projection_dim"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            adapt(lr=0.05, seed=3, checkpoint_dir=tmp_path, **settings)
+    assert list(adapt(lr=np.array([0.05, 0.01]), epochs=1).rates) == [0.05, 0.01]
+
+
+def test_statistics_from_random_views_are_repeatable():
+    _, plain = loaders()
+    model = teacher()
+    labels = pseudo_label(model, plain)
+
+    class Views:
+        def __len__(self):
+            return 33
+
+        def __getitem__(self, number):
+            row = plain.dataset.dataset.tensors[0][number]
+            return (jitter(row), jitter(row)), number
+
+    def run():
+        return adapt_representation(
+            model, loaders()[0], DataLoader(Views(), 8), epochs=1, lr=0.05, pseudo_labels=labels, batchnorm="target", controls=True
+        )
+
+    torch.manual_seed(0)
+    one = run()
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    two = run()
+    assert torch.equal(torch.rand(2), expected)
+    assert equal(state(one.backbone), state(two.backbone))
+    assert equal(state(one.controls["batchnorm"]), state(two.controls["batchnorm"]))
+
+
+def test_half_precision_through_fabric():
+    fabric_module = pytest.importorskip("lightning_fabric")
+    for precision in ("bf16-mixed", "bf16-true"):
+        fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision=precision)
+        fabric.launch()
+        found = adapt(fabric=fabric, teacher_update="ema", batchnorm="target")
+        assert math.isfinite(found.history[-1]["validation"])

@@ -96,3 +96,10 @@ def test_report_says_whether_supports_fit():
     assert near.plot(axes) is axes
     with pytest.raises(ValueError, match="two base classes"):
         calibration_report(base.of([0]), nx[:2])
+
+
+def test_tuning_draws_as_many_samples_as_it_is_told():
+    stream = torch.Generator().manual_seed(0)
+    rows, labels = torch.rand(12 * 25, 6, generator=stream), torch.arange(12).repeat_interleave(25)
+    found = tune_calibration(rows, labels, way=3, shot=1, query=5, episodes=3, n_samples=7, grid=[{"k": 1}, {"k": 1, "n_samples": 9}])
+    assert sorted(settings["n_samples"] for settings, _ in found.tried if settings["n_samples"]) == [7, 9]

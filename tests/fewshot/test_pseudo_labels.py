@@ -135,10 +135,17 @@ def test_wrong_labels_are_refused():
         PseudoLabels(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(TypeError, match="integers"):
         PseudoLabels(rows, torch.rand(3))
-    with pytest.raises(TypeError, match="floating"):
+    with pytest.raises(TypeError, match="float16, float32"):
         PseudoLabels(torch.ones(3, 1, dtype=torch.int64), torch.arange(3))
     with pytest.raises(ValueError, match="id 9"):
         PseudoLabels(rows, torch.arange(3)).lookup([0, 9])
+    for ids in ([0.9, 1.2], [[0, 1]], 1):
+        with pytest.raises(ValueError, match="ids must be integers of shape"):
+            PseudoLabels(rows, torch.arange(3)).lookup(ids)
+    with pytest.raises(ValueError, match="the loader shuffles"):
+        pseudo_label(teacher(), DataLoader(TensorDataset(inputs()), 8, shuffle=True), ids=range(20))
+    with pytest.raises(TypeError, match="bfloat16 is too coarse"):
+        PseudoLabels(rows.bfloat16(), torch.arange(3))
 
 
 def test_results_print_and_serialise():

@@ -198,6 +198,12 @@ def test_wrong_terms_are_refused():
         loss(None, None, target, probs)
     with pytest.raises(ValueError, match="pseudo_labels are needed"):
         loss(source, labels, target, None)
+    for targets in (torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="source_targets"):
+            loss(source, targets, target, probs)
+    with pytest.raises(ValueError, match="row 0 of source_targets"):
+        loss(source, torch.ones(4, 3), target, probs)
+    assert loss(source, labels.int(), target, probs).source == loss(source, labels, target, probs).source
     with pytest.raises(ValueError, match=r"\(2, B, p\)"):
         loss(source, labels, target, probs, torch.zeros(3, 5, 2))
     with pytest.raises(ValueError, match="all zero"):
@@ -235,6 +241,18 @@ def test_accumulation_in_parts_is_exact(weights, size):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12)
+
+
+def test_parts_of_one_sample_are_refused_with_batchnorm():
+    torch.manual_seed(0)
+    student = StartupStudent(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), nn.Linear(8, 3), ProjectionHead(8, 5))
+    loss = StartupLoss(weights=(0, 0, 1))
+    before = [value.clone() for value in student.state_dict().values()]
+    with pytest.raises(ValueError, match="part of one sample"):
+        loss.backward_in_parts(student, None, None, torch.randn(2, 9, 4), None, micro_batch=1)
+    assert all(torch.equal(one, other) for one, other in zip(before, student.state_dict().values(), strict=True))
+    loss.backward_in_parts(student, None, None, torch.randn(2, 9, 4), None, micro_batch=4)  # 3, 3, 3
+    assert int(student.backbone[1].num_batches_tracked) == 3 * 2
 
 
 def test_both_passes_of_accumulation_draw_the_same_dropout():

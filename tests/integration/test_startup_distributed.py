@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import in_processes, nt_xent_run, same, startup_run
+from helpers import in_processes, nt_xent_run, same, startup_norm_run, startup_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -28,3 +28,12 @@ def test_adaptation_of_two_processes_is_that_of_one(tmp_path):
         for one, other in zip(first[name], alone[name], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
         torch.testing.assert_close(first[f"{name} loss"], alone[f"{name} loss"], rtol=0, atol=1e-5)
+
+
+def test_processes_with_batchnorm_take_the_same_decisions(tmp_path):
+    pytest.importorskip("lightning_fabric")
+    first, second = in_processes(startup_norm_run, tmp_path)
+    for name in ("all", "simclr", "source"):
+        assert same(first[name]["state"], second[name]["state"])
+        for choice in ("lr", "epoch", "rates"):
+            assert first[name][choice] == second[name][choice]

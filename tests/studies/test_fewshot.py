@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from outlast.fewshot import LogisticClassifier
+from outlast.studies._context import Context
 from outlast.studies._fewshot import StandardisedLogistic, affine, cifar100_classes, flip, jitter
+from outlast.studies._grid import Launch
 from outlast.studies._models import conv4
-from outlast.studies.distribution_calibration import Synthetic, _gaussians
-
-
-class Streams:
-    """The one thing of a cell's context that the data need."""
-
-    def generator(self, name, index=0):
-        from outlast._core._random import generator
-
-        return generator(0, name, index)
+from outlast.studies.distribution_calibration import STUDY as CALIBRATION
+from outlast.studies.distribution_calibration import Characters, Synthetic, _gaussians, characters_cell, synthetic_cell
+from outlast.studies.startup import STUDY as STARTUP
+from outlast.studies.startup import Transfer, _target, cell
 
 
 def test_classes_are_split_once_for_both_studies():
@@ -67,7 +65,7 @@ def test_standardised_classifier_does_not_care_for_scale_and_shift():
 
 @pytest.mark.parametrize("related", [True, False])
 def test_families_share_mean_and_covariance_where_they_are_related(related):
-    rows, labels, novel, names = _gaussians(Synthetic(related=related, base_classes=32, novel_classes=16), Streams())
+    rows, labels, novel, names = _gaussians(Synthetic(related=related, base_classes=32, novel_classes=16), context())
     assert rows.shape == (32 * 200, 32)
     assert novel.shape == (16 * 40, 32)
     assert labels.unique().tolist() == list(range(32))
@@ -77,3 +75,54 @@ def test_families_share_mean_and_covariance_where_they_are_related(related):
     assert (overlap > 0.9) == related
     distance = (rows[labels == 0].mean(0) - novel[names == 0].mean(0)).norm()
     assert (distance < 7.0) == related
+
+
+def context(seed=0):
+    return Context(seed, asdict(Launch("cpu")), lambda *_: None)
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """No work shared with earlier cells."""
+    monkeypatch.setattr("outlast.studies._context._SHARED", {})
+
+
+SMALL = {"source": "omniglot", "variant": "small", "source_classes": 20, "width": 4, "teacher_epochs": 1, "batch_size": 32, "episodes": 5}
+CLOTHES = Transfer(**SMALL, unlabelled=64, held=25, student_epochs=1)
+CHARACTERS = Transfer(**SMALL, target="omniglot", unlabelled=64, student_epochs=1, query=10)
+
+
+@pytest.mark.parametrize("method", ["transfer", "batchnorm", "no-ss", "startup", "simclr", "ce-simclr"])
+@pytest.mark.parametrize("config", [CLOTHES, CHARACTERS], ids=["clothing", "characters"])
+def test_cells_of_startup_do_not_depend_on_what_ran_before(config, method, cold):
+    own = config.model_copy(update={"method": method})
+    first = cell(own, 0, context())
+    again = cell(own, 0, context())  # from shared work
+    assert dict(first.metrics) == dict(again.metrics)
+    assert len(first.series["1 shot"]) == 5
+    assert set(first.metrics) == {metric.name for metric in STARTUP.parts[0].metrics}
+
+
+@pytest.mark.parametrize("config", [CLOTHES, CHARACTERS.model_copy(update={"unlabelled": 2636})], ids=["clothing", "characters"])
+def test_no_image_is_both_unlabelled_and_in_an_episode(config, cold):
+    unlabelled, held, classes = _target(config, context())
+    assert len(unlabelled) == config.unlabelled
+    assert len(held) == len(classes)
+    if config.target == "omniglot":  # some drawings of different drawers are the same at 28x28
+        assert held.shape[0] == 659 * 16
+        return
+    known = {image.numpy().tobytes() for image in unlabelled}
+    assert not any(image.numpy().tobytes() in known for image in held)
+
+
+@pytest.mark.parametrize("classifier", ["logistic", "nearest", "calibration", "tuned"])
+def test_cells_of_calibration_run(classifier, cold):
+    short = {"episodes": 5, "tune_episodes": 5, "n_samples": 10}
+    gaussians = Synthetic(classifier=classifier, base_classes=32, novel_classes=16, **short)
+    first = synthetic_cell(gaussians, 0, context())
+    assert dict(first.metrics) == dict(synthetic_cell(gaussians, 0, context()).metrics)
+    assert set(first.metrics) == {metric.name for metric in CALIBRATION.part("synthetic").metrics}
+    drawn = Characters(classifier=classifier, base_classes=20, epochs=1, width=4, **short)
+    found = characters_cell(drawn, 0, context())
+    assert set(found.metrics) == {metric.name for metric in CALIBRATION.part("omniglot").metrics}
+    assert len(found.series["episodes"]) == 5

@@ -49,6 +49,13 @@ def gather(value: object) -> list[Any]:
     return found
 
 
+def spread_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers: running statistics are each process's own."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def part_of(full: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, split as the DTensor ``like`` is; the tensor itself for any other ``like``."""
     if not is_sharded(like):

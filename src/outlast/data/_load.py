@@ -150,7 +150,12 @@ def _load_omniglot(entry: DatasetInfo, place: Place, split: Split) -> tuple[UInt
         origin = f"{entry.title} {split}, full set"
     else:
         image_module = require("PIL.Image", extra="vision", purpose=f"reading {entry.title}")
-        drawings = sorted(path.glob("*/*/*.png"), key=lambda file: (file.parts[-3], file.parts[-2], file.stem.rpartition("_")[2]))
+        places = {name.rpartition(" ")[0].rstrip("s"): number for number, name in enumerate(entry.classes)}  # "Tifinagh" in the archive
+        drawings = list(path.glob("*/*/*.png"))
+        unknown = {file.parts[-3] for file in drawings if file.parts[-3].rstrip("s") not in places}
+        if unknown:
+            raise DamagedFileError(f"{path} holds {min(unknown)!r}, which is no alphabet of {entry.title}")
+        drawings.sort(key=lambda file: (places[file.parts[-3].rstrip("s")], file.parts[-2], file.stem.rpartition("_")[2]))
         if len(drawings) != entry.splits[split]:
             raise DamagedFileError(f"{path} holds {len(drawings)} drawings, expected {entry.splits[split]}; get it again")
         ink = np.stack([~np.asarray(image_module.open(file).convert("1")) for file in drawings])

@@ -11,9 +11,11 @@ import io
 import math
 import pickle
 import random
+import warnings
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,11 +25,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from outlast._core import _checks
+from outlast._core._distributed import from_first, spread_buffers, sum_
 from outlast._core._files import write_whole
+from outlast._core._foreach import is_sharded
 from outlast._core._norm import eval_mode, has_running_statistics, is_batch_norm, recalibrate_batchnorm
 from outlast._core._random import derived_seed, generator
 from outlast._core._result import JSON, to_json
-from outlast.errors import DamagedFileError, DivergedError, UnsupportedError
+from outlast.errors import DamagedFileError, DivergedError, OutlastWarning, UnsupportedError
 from outlast.fewshot._pseudo_labels import PseudoLabels, pseudo_label, state_digest
 from outlast.fewshot._startup_losses import StartupLoss, StartupLosses
 from outlast.fewshot._student import BatchNormPolicy, StartupStudent, TwoViews, split_classifier
@@ -164,7 +168,14 @@ def adapt_representation(
     """
     _checks.integer("epochs", epochs, low=1)
     _checks.choice("teacher_update", teacher_update, ("frozen", "ema"))
-    _checks.real("ema_momentum", ema_momentum, low=0.0, high=1.0)
+    ema_momentum = _checks.real("ema_momentum", ema_momentum, low=0.0, high=1.0)
+    seed = _checks.integer("seed", seed, low=0)
+    if validation is not None:
+        if not isinstance(validation, tuple | list) or len(validation) != 2:
+            raise TypeError(f"validation is a pair of shares (source, target) or None, got {validation!r}")
+        shares = [_checks.real("validation", share, low=0.0, high=0.9) for share in validation]
+        validation = (shares[0], shares[1])
+    rate, candidates = _rates(lr)
     objective = StartupLoss() if loss is None else loss
     if not callable(scheduler) and scheduler is not None:
         _checks.choice("scheduler", scheduler, ("plateau", "cosine"))
@@ -174,17 +185,25 @@ def adapt_representation(
         raise ValueError("without views= the loader's inputs are augmented already: give pseudo_labels= made from the test transform")
     if views is None and teacher_update == "ema":
         raise ValueError("teacher_update='ema' labels the loader's inputs as they are: give views= to make the student's from them")
-    data = _Data(source_loader, target_loader, validation, seed, fabric)
+    if not objective.weights[0]:
+        source_loader = None  # what has no weight is not run: it would move the statistics of BatchNorm
+    data = _Data(source_loader, target_loader, validation, objective.weights, seed, fabric)
     backbone, head = split_classifier(teacher)
     classifier = nn.Sequential(backbone, nn.Flatten(1), head)
     device = next(iter(classifier.parameters())).device if fabric is None else fabric.device
     classifier.to(device)
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError("no parameter of the backbone requires a gradient: there is nothing to train; call requires_grad_() on it")
     whole = nn.Sequential(teacher[0], nn.Flatten(1), teacher[1]) if isinstance(teacher, tuple) else teacher
-    labels = pseudo_labels if pseudo_labels is not None else pseudo_label(whole, data.all_targets())
+    with _seeded(seed, "labels", device):  # the user's data set may draw
+        _check_target(data.all_targets(), whole, classifier, device, paired=views is None)
+        labels = pseudo_labels if pseudo_labels is not None else pseudo_label(whole, data.all_targets())
     known = state_digest(nn.Sequential(backbone, head))
     wide = labels.probs.shape[1]
     if getattr(head, "out_features", wide) != wide:
         raise ValueError(f"pseudo_labels have {wide} classes, the teacher {head.out_features}")
+    if len(labels) < data.count:
+        raise ValueError(f"pseudo_labels are of {len(labels)} samples, the target data have {data.count}")
     with _seeded(seed, "student", device):
         student = StartupStudent.from_teacher(
             backbone,
@@ -194,6 +213,10 @@ def adapt_representation(
             copy_head=head if teacher_update == "ema" else None,
             batchnorm=batchnorm,
         )
+    if not any(objective.weights[:2]):
+        student.head.requires_grad_(False)  # several processes would wait for its gradient
+    if pseudo_labels is not None and labels.teacher_digest and labels.teacher_digest != known:
+        warnings.warn("pseudo_labels were made by another teacher than this one", OutlastWarning, stacklevel=2)
     run = _Run(
         student=student.to(device),
         classifier=classifier.eval(),
@@ -221,27 +244,30 @@ def adapt_representation(
         "teacher": known,
         "scheduler": scheduler if isinstance(scheduler, str) or scheduler is None else "own",
         "validation": None if validation is None else list(validation),
-        "lr": list(lr) if isinstance(lr, Sequence) and not isinstance(lr, str) else lr,
+        "lr": candidates or rate,
         "batches": [data.size, data.source_size],
+        "samples": [data.count, data.source_count],
+        "projection_dim": projection_dim,
+        "micro_batch": micro_batch,
+        "optimizer": "SGD" if optimizer is None else type(optimizer(list(student.parameters()))).__name__,
         **({"epochs": epochs} if scheduler == "cosine" else {}),
     }
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / _FILE
     saved = _read(path, labels.digest, settings) if path is not None and path.is_file() else None
+    if saved is not None and len(saved["history"]) > epochs:
+        raise ValueError(f"{path} has {len(saved['history'])} epochs already, asked for are {epochs}")
     if saved is not None:
         rate, rates = float(saved["rate"]), {float(key): float(value) for key, value in saved["rates"].items()}
-    elif isinstance(lr, float | int):
-        rate, rates = _checks.real("lr", lr, low=0.0, low_open=True), {}
+    elif rate:
+        rates = {}
     else:
-        if isinstance(lr, str):
-            _checks.choice("lr", lr, ("auto",))
-        candidates = RATES if isinstance(lr, str) else [_checks.real("lr", value, low=0.0, low_open=True) for value in lr]
         if not data.has_validation:
             raise ValueError("a learning rate is chosen by the validation loss: give validation=, or one number as lr=")
         rate, rates = run.choose(candidates)
     history, best, best_epoch = run.train(rate, saved, callbacks, None if path is None else (path, labels.digest, settings, rates))
     student.load_state_dict(best)
     if batchnorm == "target" and _has_batch_norm(student.backbone):
-        recalibrate_batchnorm(student.backbone, run.target_inputs())
+        run.recalibrate(student.backbone)
     student.eval()
     found: dict[str, nn.Module] = {}
     if controls:
@@ -249,7 +275,7 @@ def adapt_representation(
         found["transfer"] = plain
         if _has_batch_norm(plain):
             found["batchnorm"] = copy.deepcopy(plain)
-            recalibrate_batchnorm(found["batchnorm"], run.target_inputs())
+            run.recalibrate(found["batchnorm"])
     return AdaptationResult(student.backbone, student, tuple(history), best_epoch, rate, rates, labels, batchnorm, found)
 
 
@@ -277,6 +303,8 @@ class _Run:
         self.average = copy.deepcopy(self.classifier) if self.momentum is not None else None
         if self.fabric is not None:
             self.student = self.fabric.setup_module(self.student)
+            if any(is_sharded(parameter) for parameter in self.student.parameters()):
+                raise UnsupportedError("adapt_representation works with replicated modules; use another strategy than a sharded one")
 
     def optimizer(self, rate: float) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
@@ -350,6 +378,7 @@ class _Run:
                 rates.step(*((record["total"],) if self.scheduler == "plateau" else ()))
             last = epoch + 1 == self.epochs
             if not self.data.has_validation:
+                spread_buffers(self.bare)
                 best, best_epoch = (_copied(self.bare.state_dict()) if last or store is not None else best), epoch + 1
             elif epoch == 0 or (epoch + 1) % _EVERY == 0 or last:
                 record["validation"] = self.validate()
@@ -384,16 +413,22 @@ class _Run:
     def epoch(self, optimizer: Any, rates: Any, number: int) -> dict[str, float]:
         """One pass over the target data; means of the losses."""
         self.student.train()
+        seen: set[int] = set()
         sums = torch.zeros(4, dtype=torch.float64)
         with _seeded(self.seed, f"epoch {self.data.rank}", self.device, number):
             for source, target in self.data.epoch(number):
                 x, y = (None, None) if source is None else (self._moved(source[0]), source[1].to(self.device))
                 if x is not None and self.augment is not None:
                     x = self.augment(x)
-                views = self._views(target[0])
+                if number == 0:
+                    self._note(seen, target[-1])
+                views = self._views(target[0]) if any(self.objective.weights[1:]) else None
                 pseudo = self._pseudo(target)
                 optimizer.zero_grad()
                 losses = self._backward(x, y, views, pseudo)
+                bad = (~torch.isfinite(losses.total.detach())).float().reshape(1)
+                if sum_(bad).item():  # of any process: all stop together
+                    return dict.fromkeys(("total", "source", "distill", "contrast"), math.nan)
                 optimizer.step()
                 if rates is not None:
                     rates.step()
@@ -405,16 +440,37 @@ class _Run:
             means = cast("Tensor", self.fabric.all_reduce(means.to(self.device))).cpu()
         return dict(zip(("total", "source", "distill", "contrast"), means.tolist(), strict=True))
 
-    def _backward(self, x: Tensor | None, y: Tensor | None, views: Tensor, pseudo: Tensor | None) -> StartupLosses:
+    @staticmethod
+    def _note(seen: set[int], ids: Any) -> None:
+        """Refuse an id that comes twice in a pass: it is no number of a sample."""
+        for number in torch.as_tensor(ids).tolist():
+            if number in seen:
+                raise ValueError(
+                    f"id {number} comes twice in one pass over the target data: the last entry of a batch must be the numbers of its "
+                    "samples, all different (outlast.data.Indexed)"
+                )
+            seen.add(number)
+
+    def _backward(self, x: Tensor | None, y: Tensor | None, views: Tensor | None, pseudo: Tensor | None) -> StartupLosses:
         backward = torch.Tensor.backward if self.fabric is None else self.fabric.backward
-        if self.micro_batch is not None:
-            return self.objective.backward_in_parts(self.student, x, y, views, pseudo, micro_batch=self.micro_batch, backward=backward)
-        logits, target_logits, projections = self.student(x, views)
+        if self.micro_batch is not None and views is not None:
+            return self.objective.backward_in_parts(
+                self.student, x, y, views, pseudo, micro_batch=self.micro_batch, backward=backward, no_sync=self._no_sync
+            )
+        logits, target_logits, projections = self.student(x, () if views is None else views)
         losses = self.objective(logits, y, target_logits, pseudo, projections)
         backward(losses.total)
         return losses
 
+    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.fabric is None else self.fabric.no_backward_sync(self.student)
+
     def validate(self) -> float:
+        """The first process's loss: running statistics are each process's own, and all must take the same decision."""
+        spread_buffers(self.bare)
+        return float(from_first(self._validate()))
+
+    def _validate(self) -> float:
         """CE on held-out source, KL on the test view and NT-Xent between test view and one augmented view of held-out target."""
         on_source, on_target, on_views = self.objective.weights
         total = 0.0
@@ -422,30 +478,30 @@ class _Run:
             if on_source:
                 terms: list[tuple[float, int]] = []
                 for x, y, *_ in self.data.source_validation():
-                    logits = self.bare.head(self.bare.backbone(self._moved(x)).flatten(1))
+                    logits = self.bare.head(self.bare.backbone(self._like(x)).flatten(1))
                     only = StartupLoss(weights=(1.0, 0.0, 0.0))
                     terms.append((only(logits, y.to(self.device), logits, None).total.item(), len(y)))
                 total += on_source * _mean(terms)
             distills: list[tuple[float, int]] = []
             contrasts: list[tuple[float, int]] = []
-            for batch in self.data.target_validation():
+            for batch in self.data.target_validation() if any(self.objective.weights[1:]) else ():
                 plain, view = self._validation_views(batch[0])
-                _, logits, projections = self.bare(None, [plain, view])
+                _, logits, projections = self.bare(None, [plain] if view is None else [plain, view])
                 if on_target:
-                    pseudo = self._pseudo(batch)
-                    assert pseudo is not None
                     only = StartupLoss(weights=(0.0, 1.0, 0.0))
-                    distills.append((only(None, None, logits[0], pseudo).total.item(), len(plain)))
+                    distills.append((only(None, None, logits[:1], self._pseudo(batch)).total.item(), len(plain)))
                 if on_views and projections is not None and len(plain) > 1:
                     only = StartupLoss(self.objective.temperature, (0.0, 0.0, 1.0), gather=False)
                     contrasts.append((only(None, None, logits, None, projections).total.item(), 1))
             total += on_target * _mean(distills) + on_views * _mean(contrasts)
         return total
 
-    def target_inputs(self) -> Generator[Tensor]:
-        """The training part of the target data without augmentation (one of the two views where the data set makes them)."""
-        for batch in self.data.target_batches():
-            yield self._validation_views(batch[0])[0]
+    def recalibrate(self, backbone: nn.Module) -> None:
+        """Statistics of the training part of the target data, not augmented (one of the two views where the data set makes them)."""
+        with _seeded(self.seed, "statistics", self.device):
+            recalibrate_batchnorm(
+                backbone, (self._like(batch[0] if self.views is not None else batch[0][0]) for batch in self.data.target_batches())
+            )
 
     def _views(self, inputs: Any) -> Tensor:
         single = not self.objective.weights[2]
@@ -457,11 +513,12 @@ class _Run:
             found = list(self.views(self._moved(inputs)))
         return torch.stack(found[:1] if single else found)
 
-    def _validation_views(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        if self.views is None:
-            return self._moved(inputs[0]), self._moved(inputs[1])
-        plain = self._moved(inputs)
-        return plain, plain if not self.objective.weights[2] else next(iter(self.views(plain)))
+    def _validation_views(self, inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """The test view, and one augmented view where the contrast has a weight."""
+        plain = self._moved(inputs if self.views is not None else inputs[0])
+        if not self.objective.weights[2]:
+            return self._like(plain), None
+        return self._like(plain), self._like(inputs[1] if self.views is None else next(iter(self.views(plain))))
 
     def _pseudo(self, batch: Sequence[Any]) -> Tensor | None:
         if not self.objective.weights[1]:
@@ -470,6 +527,11 @@ class _Run:
             with eval_mode(self.average), torch.no_grad():
                 return (self.average(self._moved(batch[0])).float() / _SHARPENING).softmax(1)
         return self.labels.lookup(batch[-1]).to(self.device)
+
+    def _like(self, x: Any) -> Tensor:
+        """Inputs of the bare network, in its type where a precision plugin has changed that."""
+        x = self._moved(x)
+        return x.to(next(self.bare.parameters()).dtype) if x.is_floating_point() else x
 
     def _moved(self, x: Any) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -483,6 +545,7 @@ class _Data:
         source: DataLoader[Any] | None,
         target: DataLoader[Any],
         validation: tuple[float, float] | None,
+        weights: Sequence[float],
         seed: int,
         fabric: Any,
     ) -> None:
@@ -496,22 +559,27 @@ class _Data:
         for name, size in (("target_loader", self.size), ("source_loader", self.source_size)):
             if size % self.world:
                 raise ValueError(f"the batch of {size} of {name} cannot be shared by {self.world} processes")
-        shares = (0.0, 0.0) if validation is None else tuple(_checks.real("validation", share, low=0.0, high=0.9) for share in validation)
+        shares = (0.0, 0.0) if validation is None else validation
         self.has_validation = validation is not None
+        needs = (source is not None and bool(weights[0]), bool(weights[1] or weights[2]))
+        if self.has_validation and any(need and not share for need, share in zip(needs, shares, strict=True)):
+            raise ValueError(f"validation={validation} holds nothing out of data whose loss has a weight; use validation=None for none")
         self._source, self._target = source, target
+        self.count = len(target.dataset)  # pyright: ignore[reportArgumentType]
+        self.source_count = 0 if source is None else len(source.dataset)  # pyright: ignore[reportArgumentType]
         self._source_train, self._source_held = _divide(source, shares[0], seed, "source")
         self._target_train, self._target_held = _divide(target, shares[1], seed, "target")
         batches = [
             part for part in self._target_train.split(self.size) if len(part) == self.size or (not target.drop_last and len(part) > 1)
         ]
         self.steps = len(batches)
+        if self.world > 1 and len(self._target_train) % self.size:
+            self.steps = len(self._target_train) // self.size  # processes share whole batches only
         if self.steps == 0:
             raise ValueError(
                 f"the target loader yields no batch: {len(self._target_train)} training samples ({len(self._target_held)} held out), "
                 f"batches of {self.size}, drop_last={target.drop_last}"
             )
-        if self.world > 1 and len(self._target_train) % self.size:
-            self.steps = len(self._target_train) // self.size  # processes share whole batches only
         self._lengths = [len(part) for part in batches[: self.steps]]
 
     def epoch(self, number: int) -> Generator[tuple[Any, Any]]:
@@ -523,7 +591,9 @@ class _Data:
             return
         stream = generator(self.seed, "source order", number)
         indices: list[Tensor] = []
-        size = min(self.source_size, len(self._source_train))
+        size = min(self.source_size, len(self._source_train) // self.world * self.world)
+        if size == 0:
+            raise ValueError(f"{len(self._source_train)} source samples are too few for {self.world} processes")
         while len(indices) < self.steps:  # cycled: a fresh order each time the source runs out
             shuffled = self._source_train[torch.randperm(len(self._source_train), generator=stream)]
             indices += [part for part in shuffled.split(size) if len(part) == size]
@@ -556,6 +626,16 @@ class _Data:
             worker_init_fn=like.worker_init_fn,
             generator=generator(self.seed, "workers", number),
         )
+
+
+def _rates(lr: Any) -> tuple[float, list[float]]:
+    """The rate, or 0 and those to choose from."""
+    if isinstance(lr, str):
+        _checks.choice("lr", lr, ("auto",))
+        return 0.0, list(RATES)
+    if isinstance(lr, Real):
+        return _checks.real("lr", lr, low=0.0, low_open=True), []
+    return 0.0, [_checks.real("lr", float(value), low=0.0, low_open=True) for value in lr]
 
 
 def best_rate(losses: Mapping[float, float]) -> float:
@@ -595,6 +675,24 @@ def _divide(loader: DataLoader[Any] | None, share: float, seed: int, name: str) 
     return order[held:].sort().values, order[:held].sort().values
 
 
+def _check_target(batches: Iterable[Any], teacher: nn.Module, divided: nn.Module, device: torch.device, *, paired: bool) -> None:
+    """Look at one batch before anything is computed: its form, and whether backbone and head are the teacher."""
+    batch: Any = next(iter(batches))
+    entries: list[Any] = list(batch) if isinstance(batch, tuple | list) else [batch]
+    ids = torch.as_tensor(entries[-1]) if len(entries) > 1 else torch.empty(0)
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError("target batches must be (inputs, ids), with the integer number of each sample (outlast.data.Indexed)")
+    if paired and isinstance(entries[0], Tensor):
+        raise ValueError("without views= target batches must be ((first view, second view), ids); here the first entry is one tensor")
+    first = next(iter(teacher.parameters()), None)
+    x = entries[0][0] if paired else entries[0]
+    with eval_mode(teacher), eval_mode(divided), torch.no_grad():
+        expected = teacher(x.to(device if first is None else first.device)).to(device).float()
+        found = divided(x.to(device)).float()
+    if expected.shape != found.shape or not torch.allclose(expected, found, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError("the teacher is not its last linear layer on what comes before it; give it as (backbone, head)")
+
+
 def _has_batch_norm(module: nn.Module) -> bool:
     return any(is_batch_norm(part) and has_running_statistics(part) for part in module.modules())
 
@@ -604,7 +702,7 @@ def _follow(average: nn.Module, student: nn.Module, momentum: float) -> None:
     with torch.no_grad():
         for own, other in zip(average.state_dict().values(), student.state_dict().values(), strict=True):
             if own.is_floating_point():
-                own.lerp_(other, 1.0 - momentum)
+                own.lerp_(other.to(own.dtype), 1.0 - momentum)
             else:
                 own.copy_(other)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from outlast._core import _checks
 from outlast._core._batches import call_with
@@ -74,7 +75,7 @@ class PseudoLabels(Result):
 
     Raises:
         ValueError: shapes that do not fit, an id given twice, a row that is no distribution (named).
-        TypeError: probabilities that are neither float32 nor float16 (nor bfloat16, nor float64).
+        TypeError: probabilities that are neither float32 nor float16 (float64 is rounded to float32).
     """
 
     probs: Tensor
@@ -83,8 +84,8 @@ class PseudoLabels(Result):
 
     def __post_init__(self) -> None:
         probs, ids = self.probs.detach().cpu(), torch.as_tensor(self.ids).cpu()
-        if not probs.is_floating_point():
-            raise TypeError(f"probs must be floating, got {probs.dtype}")
+        if probs.dtype not in (torch.float16, torch.float32, torch.float64):
+            raise TypeError(f"probs must be float16, float32 or float64 (bfloat16 is too coarse for rows that sum to 1), got {probs.dtype}")
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise TypeError(f"ids must be integers, got {ids.dtype}")
         if probs.ndim != 2 or ids.shape != probs.shape[:1]:
@@ -120,9 +121,11 @@ class PseudoLabels(Result):
         """Probabilities ``(len(ids), K)`` as float32, on the device of ``ids``.
 
         Raises:
-            ValueError: an id that is not there (named).
+            ValueError: an id that is not there (named), or ids that are no integers.
         """
         wanted = torch.as_tensor(ids)
+        if wanted.is_floating_point() or wanted.is_complex() or wanted.dtype == torch.bool or wanted.ndim != 1:
+            raise ValueError(f"ids must be integers of shape (n,), got {wanted.dtype} of shape {tuple(wanted.shape)}")
         device, wanted = wanted.device, wanted.cpu().to(torch.int64)
         order: Tensor = object.__getattribute__(self, "_order")
         ordered: Tensor = object.__getattribute__(self, "_ordered")
@@ -211,13 +214,16 @@ def pseudo_label(
         official_eps: the authors' code adds 1e-6 to every probability without renormalising; for comparisons with it only.
 
     Raises:
-        ValueError: no batches, batches without numbers, numbers given twice, logits that are not finite.
+        ValueError: no batches, batches without numbers, numbers given twice, ``ids`` beside a loader that
+            shuffles, logits that are not finite.
 
     Warns:
         OutlastWarning: the teacher has collapsed or says nothing (:attr:`PseudoLabelSummary.problems`).
     """
     _checks.real("temperature", temperature, low=0.0, low_open=True)
     _checks.real("official_eps", official_eps, low=0.0)
+    if ids is not None and isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError("ids= are in the order of the loader, and the loader shuffles; let the data set carry them (outlast.data.Indexed)")
     first = next(iter(teacher.parameters()), None)
     place = torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
     parts: list[Tensor] = []
@@ -251,10 +257,10 @@ def pseudo_label(
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values of a module's parameters and buffers."""
+    """SHA-256 of types, shapes and values of a module's parameters and buffers in their order, whatever their names."""
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for value in module.state_dict().values():
         if isinstance(value, Tensor):
-            digest.update(f"{name}/{value.dtype}/{tuple(value.shape)}".encode())
+            digest.update(f"{value.dtype}/{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

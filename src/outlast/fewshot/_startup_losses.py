@@ -6,6 +6,7 @@ Phoo, Hariharan, "Self-training for Few-shot Transfer Across Extreme Task Differ
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outlast._core import _checks, _distributed
-from outlast._core._norm import BufferSnapshot
+from outlast._core._norm import BufferSnapshot, is_batch_norm
 from outlast._core._typing import Float
 
 Gather = bool | Literal["auto"]
@@ -175,7 +176,7 @@ class StartupLoss(nn.Module):
         self,
         source_logits: Tensor | None,
         source_targets: Tensor | None,
-        target_logits: Tensor,
+        target_logits: Tensor | None,
         pseudo_labels: Tensor | None,
         projections: Tensor | None = None,
     ) -> StartupLosses:
@@ -184,14 +185,18 @@ class StartupLoss(nn.Module):
         Args:
             source_logits: ``(Bs, K)``; None where the weight of the source is 0.
             source_targets: classes ``(Bs,)`` or probabilities ``(Bs, K)``.
-            target_logits: ``(B, K)``, or ``(V, B, K)`` for V views, of which the mean is taken.
+            target_logits: ``(B, K)``, or ``(V, B, K)`` for V views, of which the mean is taken; None where the weight of the
+                distillation is 0.
             pseudo_labels: ``(B, K)``; None where the weight of the distillation is 0.
             projections: ``(2, B, p)``, or None ("no SS").
 
         Raises:
             ValueError: classes that differ in number, targets out of range, something missing whose weight is not 0.
         """
-        zero = target_logits.new_zeros((), dtype=_full(target_logits).dtype)
+        given = next((value for value in (target_logits, source_logits, projections) if value is not None), None)
+        if given is None:
+            raise ValueError("there are neither logits nor projections")
+        zero = given.new_zeros((), dtype=_full(given).dtype)
         on_source, on_target, on_views = self.weights
         self._require(source_logits, source_targets, pseudo_labels)
         widths = [None if value is None else value.shape[-1] for value in (pseudo_labels, source_logits, target_logits)]
@@ -201,6 +206,8 @@ class StartupLoss(nn.Module):
         if on_source and source_logits is not None and source_targets is not None:
             source = _source_loss(source_logits, source_targets)
         if on_target and pseudo_labels is not None:
+            if target_logits is None:
+                raise ValueError("distillation has a weight, so target_logits are needed")
             distill = soft_distillation(target_logits, pseudo_labels)
         if on_views and projections is not None:
             if projections.ndim != 3 or len(projections) != 2:
@@ -225,6 +232,7 @@ class StartupLoss(nn.Module):
         *,
         micro_batch: int,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> StartupLosses:
         """Gradients of the loss of a whole batch in the memory of a small one, added to ``.grad``.
 
@@ -239,16 +247,20 @@ class StartupLoss(nn.Module):
             source_targets: as in ``forward``.
             target_views: ``(V, B, ...)``.
             pseudo_labels: ``(B, K)``.
-            micro_batch: target samples in a part; the source is cut into as many parts.
+            micro_batch: most target samples in a part; parts are of nearly equal size, and the source is cut into as many.
             backward: what to call instead of ``loss.backward()``, such as ``fabric.backward``.
+            no_sync: gives the context in which all parts but the last run, such as ``lambda: fabric.no_backward_sync(student)``;
+                None for the student's own ``no_sync``, if it has one.
         """
         size = _checks.integer("micro_batch", micro_batch, low=1)
         self._require(source, source_targets, pseudo_labels)
-        views = target_views.split(size, 1)
-        count = len(views)
-        sources: list[Tensor | None] = [None] * count if source is None else _chunks(source, count)
-        targets: list[Tensor | None] = [None] * count if source_targets is None else _chunks(source_targets, count)
-        labels: list[Tensor | None] = [None] * count if pseudo_labels is None else list(pseudo_labels.split(size))
+        count = math.ceil(target_views.shape[1] / size)
+        views = target_views.tensor_split(count, 1)
+        sources, targets, labels = (_parts(value, count) for value in (source, source_targets, pseudo_labels))
+        if any(is_batch_norm(module) and module.training for module in student.modules()):
+            smallest = min([part.shape[1] for part in views] + [len(part) for part in sources if part is not None])
+            if smallest < 2:
+                raise ValueError(f"micro_batch={size} leaves a part of one sample, which BatchNorm cannot normalise; give a larger one")
         device = target_views.device
         states: list[Any] = []
         found: list[Tensor] = []
@@ -268,13 +280,14 @@ class StartupLoss(nn.Module):
             with torch.enable_grad():
                 contrast = nt_xent(whole[0], whole[1], temperature=self.temperature, gather=self.gather)
             (gradient,) = torch.autograd.grad(contrast, whole)
-            gradients = list(gradient.split(size, 1))
+            gradients = list(gradient.tensor_split(count, 1))
             contrast = contrast.detach()
+        quiet = no_sync or getattr(student, "no_sync", contextlib.nullcontext)  # processes average gradients in the last part only
         samples, rows = target_views.shape[1], 0 if source is None else len(source)
         source_sum = distill_sum = target_views.new_zeros(())
         for number, part in enumerate(views):
             own, own_targets, own_labels = sources[number], targets[number], labels[number]
-            with _random_state_of(device, states[number] if states else None), _quiet(student, number + 1 < count):
+            with _random_state_of(device, states[number] if states else None), quiet() if number + 1 < count else contextlib.nullcontext():
                 logits, target_logits, projections = student(own, part)
                 surrogate = target_logits.new_zeros((), dtype=_full(target_logits).dtype)
                 if self.weights[0] and own is not None and own_targets is not None:
@@ -318,13 +331,20 @@ class SoftDistillationLoss(nn.Module):
 
 
 def _source_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    if not targets.is_floating_point() and targets.numel() and targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, most = int(targets.min()), int(targets.max())
-        if least < 0 or most >= logits.shape[-1]:
-            raise ValueError(f"source labels must lie in [0, {logits.shape[-1]}), got {least} to {most}")
+    soft = targets.is_floating_point()
+    if targets.dtype == torch.bool or targets.shape != (logits.shape if soft else logits.shape[:1]):
+        raise ValueError(
+            f"source_targets are classes (B,) of integers or probabilities (B, K), got {targets.dtype} of shape {tuple(targets.shape)} "
+            f"for logits {tuple(logits.shape)}"
+        )
+    if targets.numel() and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        if soft:
+            check_distributions(targets, "source_targets")
+        elif int(targets.min()) < 0 or int(targets.max()) >= logits.shape[-1]:
+            raise ValueError(f"source labels must lie in [0, {logits.shape[-1]}), got {int(targets.min())} to {int(targets.max())}")
     with torch.autocast(logits.device.type, enabled=False):
         full = _full(logits)
-        return F.cross_entropy(full, targets.to(full.dtype) if targets.is_floating_point() else targets)
+        return F.cross_entropy(full, targets.to(full.dtype) if soft else targets.long())
 
 
 def _full(values: Tensor) -> Tensor:
@@ -361,10 +381,9 @@ def _from_all(rows: Tensor, sizes: list[int]) -> Tensor:
     return _Gather.apply(rows, sizes)  # pyright: ignore[reportReturnType]
 
 
-def _chunks(values: Tensor, count: int) -> list[Tensor | None]:
-    """As many parts as asked for, the last ones None where there is too little."""
-    parts: list[Tensor | None] = list(values.chunk(count))
-    return parts + [None] * (count - len(parts))
+def _parts(values: Tensor | None, count: int) -> list[Tensor | None]:
+    """As many parts of nearly equal size as asked for, None where there is nothing left."""
+    return [None] * count if values is None else [part if len(part) else None for part in values.tensor_split(count)]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -379,9 +398,3 @@ def _random_state_of(device: torch.device, state: tuple[Tensor, Tensor | None] |
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], device)
     yield
-
-
-def _quiet(student: nn.Module, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
-    """DistributedDataParallel averages gradients in the last part only."""
-    no_sync = getattr(student, "no_sync", None)
-    return no_sync() if more_to_come and callable(no_sync) else contextlib.nullcontext()  # pyright: ignore[reportReturnType]

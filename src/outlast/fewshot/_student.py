@@ -124,10 +124,11 @@ class StartupStudent(nn.Module):
         projector = None if projection_dim is None else ProjectionHead(width, projection_dim).to(like.device, like.dtype)
         return cls(own, head, projector, batchnorm=batchnorm)
 
-    def forward(self, source: Any, target_views: Tensor | Sequence[Tensor]) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def forward(self, source: Any, target_views: Tensor | Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Logits of the source ``(Bs, K)``, logits ``(V, B, K)`` and projections ``(V, B, p)`` of the V target views.
 
-        ``source`` may be None; ``target_views`` is ``(V, B, ...)`` or a sequence of V batches.
+        ``source`` may be None; ``target_views`` is ``(V, B, ...)`` or a sequence of V batches, which may be empty (then both
+        outputs of the target are None).
         """
         views = list(target_views)
         inputs = views if source is None else [source, *views]
@@ -136,6 +137,8 @@ class StartupStudent(nn.Module):
         else:
             features = [self._features(part) for part in inputs]
         source_logits = None if source is None else self.head(features.pop(0))
+        if not features:
+            return source_logits, None, None
         stacked = torch.stack(features)
         return source_logits, self.head(stacked), None if self.projector is None else self.projector(stacked)
 

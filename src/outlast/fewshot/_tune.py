@@ -72,6 +72,7 @@ def tune_calibration(
     shot: int = 1,
     query: int = 15,
     grid: Sequence[dict[str, Any]] | None = None,
+    n_samples: int = 750,
     held_out: float = 0.25,
     episodes: int = 200,
     seed: int = 0,
@@ -89,6 +90,7 @@ def tune_calibration(
         shot: supports of each.
         query: test samples of each.
         grid: settings of :class:`DistributionCalibration` to try beside the plain ones; None for a small grid of ours.
+        n_samples: of the grid's entries that do not say it themselves.
         held_out: share of the base classes that simulate novel ones (at least ``way``).
         episodes: how many.
         seed: of the held-out classes and of the episodes.
@@ -108,7 +110,7 @@ def tune_calibration(
     novel = torch.isin(labels, order[:count])
     signed = bool((rows < 0).any())
     tried: list[tuple[dict[str, Any], FewShotResult]] = []
-    entries = [*_PLAIN, *(_CALIBRATED if grid is None else grid)]
+    entries = [*_PLAIN, *({"n_samples": n_samples, **entry} for entry in (_CALIBRATED if grid is None else grid))]
     statistics: dict[float, BaseStatistics] = {}
     for number, settings in enumerate(entries):
         own: dict[str, Any] = {"random_state": seed, **({"negative": "signed"} if signed else {}), **settings}

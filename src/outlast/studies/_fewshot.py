@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from outlast._core._distributed import spread_buffers
 from outlast.data import load
 from outlast.fewshot import LogisticClassifier, embed
 from outlast.studies._context import Context
@@ -82,7 +83,9 @@ def train_classifier(
         schedule=lambda optimizer, steps: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=steps + 1),
         stream="teacher ",
     )
-    plain = context.plain(model).eval().cpu()
+    plain = context.plain(model).eval()
+    spread_buffers(plain)
+    plain.cpu()
     assert isinstance(plain, nn.Sequential)
     return plain
 
