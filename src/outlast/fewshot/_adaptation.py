@@ -198,7 +198,7 @@ def adapt_representation(
     with _seeded(seed, "labels", device):  # the user's data set may draw
         _check_target(data.all_targets(), whole, classifier, device, paired=views is None)
         labels = pseudo_labels if pseudo_labels is not None else pseudo_label(whole, data.all_targets())
-    known = state_digest(nn.Sequential(backbone, head))
+    known = state_digest(whole)
     wide = labels.probs.shape[1]
     if getattr(head, "out_features", wide) != wide:
         raise ValueError(f"pseudo_labels have {wide} classes, the teacher {head.out_features}")

@@ -254,6 +254,8 @@ class StartupLoss(nn.Module):
         """
         size = _checks.integer("micro_batch", micro_batch, low=1)
         self._require(source, source_targets, pseudo_labels)
+        if not self.weights[0]:
+            source = source_targets = None  # it would only move the statistics of BatchNorm
         count = math.ceil(target_views.shape[1] / size)
         views = target_views.tensor_split(count, 1)
         sources, targets, labels = (_parts(value, count) for value in (source, source_targets, pseudo_labels))
