@@ -523,3 +523,17 @@ def _as_torchrun(rank: int, count: int) -> None:
         MASTER_PORT="29500",
         TORCHELASTIC_RUN_ID="test",
     )
+
+
+def mixup_draws(rank: int, count: int) -> dict[str, Any]:
+    """Draws of each process, and those after loading the first process's state."""
+    from outlast.robust import MixUp
+
+    mixup = MixUp(per_sample=True, generator=rng(0))
+    lam = mixup.draw(6).lam
+    boxes: list[Any] = [mixup.state_dict()]
+    torch.distributed.broadcast_object_list(boxes, 0)
+    following = mixup.draw(6).lam
+    other = MixUp(per_sample=True, generator=rng(9))
+    other.load_state_dict(boxes[0])
+    return {"lam": lam, "next": following, "resumed": other.draw(6).lam}
