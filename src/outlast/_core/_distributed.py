@@ -97,3 +97,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _initialised() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous().clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def differentiable_sum(tensor: Tensor, group: Any = None) -> Tensor:
+    """The sum over the processes of a group (None: all), whose gradient is the sum of theirs.
+
+    Of a loss that all processes compute from such sums, averaging the gradients over processes gives the gradient of one
+    process with the whole batch.
+    """
+    return _Sum.apply(tensor, group)  # pyright: ignore[reportReturnType]

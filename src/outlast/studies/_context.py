@@ -77,11 +77,13 @@ class Context:
         images: Tensor,
         labels: Tensor,
         *,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        objective: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] | None = None,
         epochs: int,
         batch_size: int,
         micro_batch: int | None = None,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         after_epoch: Callable[[nn.Module, int], None] | None = None,
         max_steps: int | None = None,
         schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None,
@@ -91,12 +93,16 @@ class Context:
 
         Every epoch goes through a fresh permutation and drops the incomplete last batch. With several devices each takes
         an equal share of every batch. Each update is one ``optimizer.step(closure)``, or ``step([closures])`` over
-        ``micro_batch`` samples each, for optimizers that take such. ``stream`` names the random order of this training
+        ``micro_batch`` samples each, for optimizers that take such. ``mix(images, labels)`` changes each batch once an update
+        (mixup). The loss is ``loss_fn(model(images), labels)``, or ``objective(model, images, labels, index)`` with the numbers of
+        the samples. ``stream`` names the random order of this training
         where a cell trains more than once.
 
         Raises:
             DivergedError: an epoch's loss is not finite.
         """
+        if (loss_fn is None) == (objective is None):
+            raise ValueError("give loss_fn or objective, one of them")
         fabric = self.fabric
         unsharded = copy.deepcopy(model) if self.sharded else None  # a sharded module cannot be copied any more
         model = fabric.setup_module(model)
@@ -122,7 +128,15 @@ class Context:
                 start = step * batch_size + fabric.global_rank * share
                 index = order[start : start + share]
                 batch = images[index] if augment is None else augment(images[index], draws)
-                closures = self._closures(model, optimizer, batch, labels[index], loss_fn, micro_batch)
+                target = labels[index]
+                if mix is not None:
+                    batch, target = mix(batch, target)
+                if objective is None:
+                    assert loss_fn is not None
+                    closures = self._closures(model, optimizer, batch, target, loss_fn, micro_batch)
+                else:
+                    own: tuple[Any, ...] = (model, batch, target, index)
+                    closures = [self._closure(optimizer, lambda own=own: objective(*own))]
                 loss = optimizer.step(closures[0] if micro_batch is None else closures)
                 rates.step()
                 loss_sum += loss.detach()
@@ -148,16 +162,19 @@ class Context:
     ) -> list[Callable[[], Tensor]]:
         pieces = [(images, labels)] if size is None else list(zip(images.split(size), labels.split(size), strict=True))
 
-        def closure_of(x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-            def closure() -> Tensor:
-                optimizer.zero_grad()
-                loss = loss_fn(model(x), y) * (len(y) / len(labels))
-                self.fabric.backward(loss)
-                return loss
+        return [
+            self._closure(optimizer, lambda x=x, y=y: loss_fn(model(x), y) * (len(y) / len(labels)))  # pyright: ignore[reportUnknownLambdaType]
+            for x, y in pieces
+        ]
 
-            return closure
+    def _closure(self, optimizer: Any, evaluate: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = evaluate()
+            self.fabric.backward(loss)
+            return loss
 
-        return [closure_of(x, y) for x, y in pieces]
+        return closure
 
     def plain(self, model: nn.Module) -> nn.Module:
         """The module without Fabric's wrappers; of a sharded one a copy with whole parameters, for measurements."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Literal
 
@@ -16,6 +17,21 @@ def mlp(*widths: int) -> nn.Sequential:
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+class Standardised(nn.Module):
+    """Subtracts a mean and divides by a standard deviation per channel, so that the model behind takes pixels in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.reshape(-1, 1, 1))
+        self.register_buffer("std", std.reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
 
 
 def small_conv(norm: Literal["batch", "group"], num_classes: int = 10) -> nn.Sequential:
@@ -37,6 +53,20 @@ def conv4(channels: int, width: int) -> nn.Sequential:
         layers += [nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         layers += [nn.MaxPool2d(pool)] if pool > 1 else []
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def pooled_conv(width: int, last_pool: bool, num_classes: int) -> nn.Sequential:
+    """Three 3x3 convolutions (``width`` times 1, 2, 4), each pooled, normalised and cut at 0, the global mean, and a linear head.
+
+    The network of the study of group-invariant predictions, for colour images; the head is the layer ``"head"``.
+    """
+    layers: list[nn.Module] = []
+    for before, after, pool in ((3, width, True), (width, 2 * width, True), (2 * width, 4 * width, last_pool)):
+        layers += [nn.Conv2d(before, after, 3, 1, 1)]
+        layers += [nn.MaxPool2d(2)] if pool else []
+        layers += [nn.BatchNorm2d(after), nn.ReLU()]
+    body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(OrderedDict(body=body, head=nn.Linear(4 * width, num_classes)))
 
 
 class _Block(nn.Module):

@@ -18,6 +18,9 @@ _STUDIES = {
     "gradvac": "outlast.studies.gradvac:STUDY",
     "startup": "outlast.studies.startup:STUDY",
     "distribution-calibration": "outlast.studies.distribution_calibration:STUDY",
+    "mixup": "outlast.studies.mixup:STUDY",
+    "mixup-theory": "outlast.studies.mixup_theory:STUDY",
+    "group-invariance": "outlast.studies.group_invariance:STUDY",
 }
 
 

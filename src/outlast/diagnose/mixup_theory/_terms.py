@@ -136,7 +136,7 @@ def mixup_penalty(
     *,
     loss: LossName,
     beta: float | None = None,
-    pairs: int = 1,
+    pairs: Literal["all"] | int = 1,
     log_partition: LogPartition | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -151,7 +151,7 @@ def mixup_penalty(
         alpha: first parameter of the Beta distribution.
         beta: its second parameter; None for ``alpha``.
         loss: ``"bce"``, ``"ce"``, ``"mse"`` or ``"glm"``.
-        pairs: random partners for each sample.
+        pairs: random partners for each sample, or all.
         log_partition: of ``"glm"``.
         generator: of the partners.
 
@@ -165,7 +165,8 @@ def mixup_penalty(
     rows = Rows(f, x, kind, None)
     moments = beta_moments(alpha, beta)
     partners = draw_partners(len(rows.X), pairs, generator)
-    assert partners is not None
+    if partners is None:
+        partners = torch.stack([torch.arange(len(rows.X)).roll(shift) for shift in range(len(rows.X))])
     with rows.measured():
         with torch.no_grad():
             Y = targets(kind, y, rows(rows.X))
