@@ -537,3 +537,36 @@ def mixup_draws(rank: int, count: int) -> dict[str, Any]:
     other = MixUp(per_sample=True, generator=rng(9))
     other.load_state_dict(boxes[0])
     return {"lam": lam, "next": following, "resumed": other.draw(6).lam}
+
+
+def invariance_run(rank: int, count: int) -> dict[str, Any]:
+    """Penalty, balanced cross-entropy and the gradient of both, averaged as DDP does; groups inferred from parts of the data."""
+    import warnings
+
+    from outlast.robust import GroupInvariance, group_balanced_cross_entropy, invariance_penalty
+
+    stream = rng(0)
+    x, y, g = (
+        torch.randn(24, 6, generator=stream),
+        torch.randint(0, 3, (24,), generator=stream),
+        torch.randint(-1, 2, (24,), generator=stream),
+    )
+    own = slice(None) if count == 1 else slice(0, 14) if rank == 0 else slice(14, 24)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    logits = net(x[own])
+    penalty = invariance_penalty(logits, y[own], g[own])
+    entropy = group_balanced_cross_entropy(logits, y[own], g[own])
+    (penalty + entropy).backward()
+    grads = torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None])
+    whole = entropy.detach()
+    if count > 1:
+        torch.distributed.all_reduce(grads)
+        torch.distributed.all_reduce(whole)
+    method = GroupInvariance(net, head="2", ramp_steps=1)
+    local = invariance_penalty(logits.detach(), y[own], g[own], process_group="local") if count > 1 else penalty.detach()
+    assert count == 1 or not torch.equal(local, penalty.detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reference is a toy
+        partition = method.infer([(x[own], y[own], torch.arange(24)[own])], method="loss")
+    return {"penalty": penalty.detach(), "entropy": whole / count, "grads": grads / count, "groups": partition.groups}

@@ -196,9 +196,9 @@ def test_expansion_describes_models_of_little_confidence(alpha):
     for scale in (0.3, 0.15, 0.075):
         theta, X, y = logistic(80, 10, scale=scale)
         errors.append(mixup_terms(theta, X, y, alpha, loss="bce", exact=True).rel_error)
-    assert errors[0] < 0.02
-    assert errors[0] / errors[1] > 3.0
-    assert errors[1] / errors[2] > 3.0
+    assert errors[0] < 0.01
+    assert errors[0] / errors[1] > 3.5
+    assert errors[1] / errors[2] > 3.8
     theta, X, y = logistic(80, 10, scale=10.0)
     wrong = mixup_terms(theta, X, 1 - y, alpha, loss="bce", exact=True)
     assert wrong.R1 < 0.0
@@ -241,7 +241,7 @@ def test_random_pairs_are_unbiased_and_know_their_error():
         values = torch.tensor([getattr(draw, name) for draw in draws], dtype=torch.float64)
         assert abs(float(values.mean()) - getattr(whole, name)) < 4 * float(values.std()) / math.sqrt(300) + 1e-12
     claimed = torch.tensor([draw.stderr["R2"] for draw in draws]).mean()
-    assert 0.3 < float(claimed / torch.tensor([draw.R2 for draw in draws]).std()) < 3.0
+    assert 0.9 < float(claimed / torch.tensor([draw.R2 for draw in draws]).std()) < 1.6
     same = mixup_terms(f, X, y, 1.0, loss="bce", pairs=3, exact=True, generator=rng(7))
     assert same.exact is not None  # over the same pairs, so that the error is that of the expansion
     assert same.rel_error < 3 * mixup_terms(f, X, y, 1.0, loss="bce", exact=True).rel_error + 0.2
@@ -450,3 +450,45 @@ def test_results_have_pictures():
     mixup_terms(theta, X, y, 1.0, loss="bce", exact=True).plot()
     adversarial_bound(theta, X, y, 1.0).plot()
     assert json.dumps(adversarial_bound(theta, X, y, 1.0).to_dict())
+
+
+# ---- defects that were found ------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_the_exact_loss_is_that_of_eval_mode():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1)).double()
+    X, y = torch.randn(6, 4, generator=rng(), dtype=torch.float64), torch.tensor([0, 1] * 3)
+    grads = []
+    for training in (True, False):
+        model.train(training)
+        model.zero_grad()
+        exact_mixup_loss(model, X, y, 1.0, nodes=4).backward()
+        grads.append(model[0].weight.grad.clone())
+    assert float(model[1].running_mean.abs().sum()) == 0.0
+    torch.testing.assert_close(*grads)
+
+
+def test_penalty_without_weights_is_infinite_not_undefined():
+    X = torch.randn(5, 3, generator=rng())
+    with pytest.warns(OutlastWarning, match="plain"):
+        assert float(glm_penalty(torch.zeros(3), X - X.mean(0), 0.2)) == math.inf
+
+
+def test_centring_in_single_precision_is_centring():
+    X = torch.rand(500, 1, 14, 14, generator=rng())
+    X = X - X.mean(0)
+    theta = torch.randn(196, generator=rng(1)) * 0.01
+    assert adversarial_bound(theta, X, ((X.flatten(1) @ theta) > 0).long(), 1.0).holds
+
+
+def test_columns_and_values_that_are_not_finite():
+    X = torch.randn(5, 3, generator=rng())
+    column = torch.randn(5, 1, generator=rng(1))
+    model = nn.Linear(3, 1)
+    with torch.no_grad():
+        one, two = (exact_mixup_loss(model, X, y, 1.0, loss="mse") for y in (column, column[:, 0]))
+    assert float(one) == float(two)
+    with pytest.raises(ValueError, match="finite"):
+        exact_mixup_loss(model, X * math.nan, column, 1.0, loss="mse")

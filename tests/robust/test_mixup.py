@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import pickle
@@ -415,7 +416,7 @@ def test_label_preserving_form_has_the_same_average_gradient(per_sample):
         found[labels] = torch.stack(grads)
     gap = found["soft"].mean(0) - found["hard"].mean(0)
     error = sum(value.var(0) for value in found.values()).div(4000).sqrt()
-    assert float((gap.abs() / error).max()) < 4.5
+    assert float((gap.abs() / error).max()) < 4.0
 
 
 def test_both_passes_of_sam_see_one_draw():
@@ -533,3 +534,91 @@ def test_no_warning_in_ordinary_use():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mixup_loss(F.cross_entropy, torch.randn(6, 4), MixUp(num_classes=4)(images(), classes())[1])
+
+
+# ---- defects that were found ------------------------------------------------------------------------------------------------
+
+
+def test_one_ignored_label_leaves_the_draw_of_the_batch_alone():
+    x, y = images(), classes()
+    for kind in (MixUp, CutMix):
+        plain = kind(num_classes=4, pairing="roll", generator=rng(1))(x, y)[0]
+        some = y.clone()
+        some[3] = -100
+        out, soft = kind(num_classes=4, pairing="roll", generator=rng(1))(x, some)
+        others = [0, 1, 2, 5]  # 3 has no label, 4 is mixed with it
+        torch.testing.assert_close(out[others], plain[others])
+        assert torch.equal(out[[3, 4]], x[[3, 4]])
+        assert soft[others].max(1).values.unique().numel() <= 2
+
+
+def test_an_ignored_sample_that_is_not_finite_stays_by_itself():
+    x = torch.ones(4, 2)
+    x[0] = math.inf
+    for per_sample in (False, True):
+        out, _ = MixUp(num_classes=3, pairing="roll", per_sample=per_sample, generator=rng())(x, torch.tensor([-100, 1, 2, 0]))
+        assert torch.equal(out, x)
+
+
+def test_batches_off_the_processor_are_cut_by_one_box():
+    x, y = torch.zeros(4, 3, 8, 8, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    assert MixUp(labels="pair")(x, y)[1].lam.shape == (4,)
+    assert MixUp(labels="pair", ignore_index=None)(x, y)[1].lam.shape == ()
+    for per_sample in (False, True):
+        assert CutMix(labels="pair", per_sample=per_sample)(x, y)[0].device.type == "meta"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_soft_and_pair_losses_agree_with_ignored_samples_and_partials(reduction, smoothing):
+    y = torch.tensor([0, 1, 2, -100, -100, 1])
+    logits = torch.randn(6, 4, generator=rng())
+    values = []
+    for labels in ("soft", "pair"):
+        target = MixUp(num_classes=4, labels=labels, generator=rng(3))(images(), y)[1]
+        whole = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=smoothing)
+        part = functools.partial(F.cross_entropy, reduction=reduction, label_smoothing=smoothing)
+        values += [mixup_loss(criterion, logits, target) for criterion in (whole, part)]
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0])
+    alone = MixedTarget(y, y, torch.ones(6))
+    torch.testing.assert_close(mixup_loss(nn.NLLLoss(), logits.log_softmax(1), alone), F.cross_entropy(logits, y))
+    hits = F.one_hot(torch.tensor([0, 1, 2, 0, 0, 0]), 4).float()
+    assert float(mixup_accuracy(hits, alone)) == pytest.approx(0.75)
+
+
+def test_default_device_and_dtype_do_not_matter():
+    expected = MixUp(num_classes=4, per_sample=True, generator=rng(2))(images(), classes())
+    x, y = images(), classes()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        out = MixUp(num_classes=4, per_sample=True, generator=torch.Generator("cpu").manual_seed(2))(x, y)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(out, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("labels", ["pair", "hard"])
+def test_class_ids_are_checked_in_every_form(labels):
+    with pytest.raises(ValueError, match="outside"):
+        MixUp(num_classes=3, labels=labels)(images(), classes() + 1)
+    with pytest.raises(TypeError, match="class ids"):
+        MixUp(num_classes=3, labels=labels)(images(), classes().float())
+
+
+def test_hidden_layers_of_compiled_models_are_mixed():
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    compiled = torch.compile(net, backend="eager")
+    x, index = torch.randn(5, 3, generator=rng()), torch.arange(5).roll(1)
+    plain = compiled(x)
+    with mix_hidden(compiled, net[0], 0.3, index):
+        mixed = compiled(x)
+    hidden = net[0](x)
+    torch.testing.assert_close(mixed, torch.tanh(0.3 * hidden + 0.7 * hidden[index]))
+    torch.testing.assert_close(compiled(x), plain)
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\]"), mix_hidden(net, "0", -0.1, index):
+        pass

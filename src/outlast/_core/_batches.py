@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -28,6 +29,14 @@ def call_with(model: nn.Module, batch: object) -> Any:
     """``model(...)`` on a batch of a loader."""
     args, kwargs = arguments_of(batch)
     return model(*args, **kwargs)
+
+
+def device_of(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
+    """``device`` if it is given, else where the model's parameters are."""
+    if device is not None:
+        return torch.device(device)
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def rows_of(arguments: object) -> int | None:

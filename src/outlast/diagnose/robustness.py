@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from outlast._core import _checks
+from outlast._core._batches import device_of
 from outlast._core._norm import eval_mode
 from outlast._core._result import Result
 
@@ -120,7 +121,7 @@ def fgsm_curve(
     hits, losses, count = [0] * len(sizes), [0.0] * len(sizes), 0
     interval = _interval(clip)
     with eval_mode(model):
-        for x, y in _labelled_batches(data, _device(model, device)):
+        for x, y in _labelled_batches(data, device_of(model, device)):
             sign = _sign(model, x, y, loss_fn)
             for place, size in enumerate(sizes):
                 with torch.no_grad():
@@ -153,14 +154,14 @@ def generalization_gap(
     Raises:
         ValueError: no data.
     """
-    place = _device(model, device)
+    place = device_of(model, device)
     with eval_mode(model), torch.no_grad():
         loss_train, acc_train = _measure(model, train, loss_fn, place, "train")
         loss_test, acc_test = _measure(model, test, loss_fn, place, "test")
     return Gap(loss_train, loss_test, loss_test - loss_train, acc_train, acc_test)
 
 
-def _measure(model: nn.Module, data: Any, loss_fn: LossFunction, device: torch.device | None, name: str) -> tuple[float, float]:
+def _measure(model: nn.Module, data: Any, loss_fn: LossFunction, device: torch.device, name: str) -> tuple[float, float]:
     loss, hits, count = 0.0, 0, 0
     for x, y in _labelled_batches(data, device):
         logits = model(x)
@@ -175,8 +176,8 @@ def _measure(model: nn.Module, data: Any, loss_fn: LossFunction, device: torch.d
 def _sign(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFunction) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"inputs must be floating-point numbers, got {x.dtype}")
-    point = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        point = x.detach().clone().requires_grad_()
         (grad,) = torch.autograd.grad(loss_fn(model(point), y), point, materialize_grads=True)
     return grad.sign()
 
@@ -195,14 +196,7 @@ def _interval(clip: Clip) -> Clip:
     return low, high
 
 
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device | None:
-    if device is not None:
-        return torch.device(device)
-    first = next(model.parameters(), None)
-    return None if first is None else first.device
-
-
-def _labelled_batches(data: Any, device: torch.device | None) -> Iterable[tuple[Tensor, Tensor]]:
+def _labelled_batches(data: Any, device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
     single = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor)
     whole = single and data[0].ndim > 0 and data[1].ndim > 0 and len(data[0]) == len(data[1])
     for batch in [data] if whole else cast("Iterable[Any]", data):

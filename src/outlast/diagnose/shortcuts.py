@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from outlast._core import _checks
+from outlast._core._batches import device_of
 from outlast._core._norm import eval_mode
 from outlast._core._random import generator as derived_generator
 from outlast._core._result import Result
@@ -131,8 +132,7 @@ def shift_report(
     """
     if not datasets:
         raise ValueError("datasets is empty: give at least the test set")
-    first = next(model.parameters(), None)
-    place = torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
+    place = device_of(model, device)
     accuracy: dict[str, float] = {}
     unsure: dict[str, Tensor] = {}
     with eval_mode(model), torch.no_grad():
@@ -149,7 +149,7 @@ def shift_report(
             unsure[name] = torch.cat(scores)
             accuracy[name] = hits / len(unsure[name])
         foreign = list[Tensor]()
-        for batch in anomalies or ():
+        for batch in () if anomalies is None else anomalies:
             x = cast("Tensor", batch[0] if isinstance(batch, tuple | list) else batch)
             foreign.append(-model(x.to(place)).float().softmax(1).amax(1).cpu())
     if anomalies is not None and not foreign:
@@ -223,21 +223,25 @@ def _frequency(x: Tensor) -> Tensor:
     rows, columns = torch.fft.fftfreq(height)[:, None] * height, torch.fft.fftfreq(width)[None] * width
     ring = (rows.square() + columns.square()).sqrt().round().long().clamp(max=min(height, width) // 2).flatten()
     count = int(ring.max()) + 1
-    sums = torch.zeros(*x.shape[:2], count).index_add(2, ring, power.flatten(2))
+    sums = x.new_zeros(*x.shape[:2], count).index_add(2, ring, power.flatten(2))
     return (sums / torch.bincount(ring, minlength=count).clamp(min=1)).add(1e-8).log().flatten(1)
 
 
 def _probe(rows: Tensor, y: Tensor, kept: Tensor, held: Tensor, classes: int, steps: int, rng: torch.Generator) -> float:
     parameters: list[Tensor] = []
-    for before, after in ((rows.shape[1], 64), (64, classes)):
-        parameters.append(((2.0 * torch.rand(after, before, generator=rng) - 1.0) / before**0.5).requires_grad_())
-        parameters.append(torch.zeros(after, requires_grad=True))
+    with torch.inference_mode(False):
+        rows = rows.clone()
+        for before, after in ((rows.shape[1], 64), (64, classes)):
+            uniform = torch.rand(after, before, generator=rng, dtype=rows.dtype)
+            parameters.append(((2.0 * uniform - 1.0) / before**0.5).requires_grad_())
+            parameters.append(torch.zeros(after, dtype=rows.dtype, requires_grad=True))
 
     def forward(x: Tensor) -> Tensor:
         return F.linear(F.linear(x, parameters[0], parameters[1]).relu(), parameters[2], parameters[3])
 
     optimizer = torch.optim.Adam(parameters, lr=3e-3, weight_decay=1e-4)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        y = y.clone()
         for _ in range(steps):
             batch = kept[torch.randint(len(kept), (min(128, len(kept)),), generator=rng)]
             optimizer.zero_grad()

@@ -13,7 +13,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from outlast._core import _checks
-from outlast._core._batches import call_with
-from outlast._core._distributed import gather, unwrapped, world_size
+from outlast._core._batches import call_with, device_of
+from outlast._core._calls import eager
+from outlast._core._distributed import gather, spread_buffers, unwrapped, world_size
 from outlast._core._files import write_whole
 from outlast._core._norm import eval_mode, has_running_statistics, is_batch_norm
 from outlast._core._norm import recalibrate_batchnorm as recalibrate
@@ -68,12 +70,12 @@ class GroupPartition(Result):
     :func:`outlast.diagnose.shortcuts.shortcut_probe`.
 
     Attributes:
-        groups: int64, shape ``(n,)``: 0, 1, or -1 for an example that was not seen.
+        groups: int64, shape ``(n,)``: 0, 1, or -1 for a number that no example had.
         scores: membership of group 1, float32, shape ``(n,)``; about 0.5 is undecided.
         classes: one entry a class.
         reference_accuracy: share of examples that the reference model classifies rightly.
         stability: mean pairwise Cohen's kappa over restarts; 1 for methods without restarts.
-        labels: class ids, shape ``(n,)``.
+        labels: class ids, shape ``(n,)``; -1 likewise.
     """
 
     groups: Int[Tensor, " n"]
@@ -91,7 +93,7 @@ class GroupPartition(Result):
     @property
     def minority(self) -> float:
         """Share of the examples in group 1."""
-        return float((self.groups == 1).double().mean())
+        return float((self.groups == 1).sum() / (self.groups >= 0).sum().clamp(min=1))
 
     def __repr__(self) -> str:
         unsplit = sum(not entry.split for entry in self.classes)
@@ -202,7 +204,9 @@ def infer_groups(
     share = _checks.real("quantile", quantile, low=0.0, high=1.0)
     counts = [_checks.integer(name, value, low=1) for name, value in (("steps", steps), ("batch_size", batch_size), ("restarts", restarts))]
     lr = _checks.real("lr", lr, low=0.0, low_open=True)
-    f, z, y = features.detach().float().cpu(), logits.detach().float().cpu(), labels.detach().cpu().long()
+    with torch.inference_mode(False):  # features often come from there
+        f, z = (values.detach().to("cpu", torch.float32, copy=True) for values in (features, logits))
+        y = labels.detach().to("cpu", torch.int64, copy=True)
     losses = F.cross_entropy(z, y, reduction="none")
     accuracy = float((z.argmax(1) == y).double().mean())
     _warn_about_reference(accuracy, float(losses.mean()), z.shape[1])
@@ -214,7 +218,8 @@ def infer_groups(
     stability = 1.0
     if method == "partition" and open_classes:
         rng = derived_generator(0, "infer_groups") if generator is None else generator
-        found = _partition(f, z, losses, y, open_classes, gamma, temperature, lr, rng, *counts)
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            found = _partition(f, z, losses.clone(), y, open_classes, gamma, temperature, lr, rng, *counts)
         groups, scores, objectives, stability = found
         if stability < 0.7:
             warnings.warn(
@@ -237,7 +242,7 @@ def infer_groups(
     entries = tuple(_class_split(c, own, groups, losses, objectives.get(c, math.nan), reasons[c]) for c, own in members.items())
     for entry in entries:
         if not entry.split:
-            groups[members[entry.label]] = 0
+            groups[members[entry.label]], scores[members[entry.label]] = 0, 0.0
     return GroupPartition(groups, scores, entries, accuracy, stability, y)
 
 
@@ -274,8 +279,7 @@ def collect(
     """As :func:`collect_features`, with the numbers of the examples where batches end in them."""
     bare = unwrapped(model)
     layer = find_head(bare, head)
-    first = next(bare.parameters(), None)
-    place = torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
+    place = device_of(bare, device)
 
     def inputs(batch: Any) -> Any:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
@@ -284,11 +288,12 @@ def collect(
 
     if recalibrate_batchnorm and any(is_batch_norm(module) and has_running_statistics(module) for module in bare.modules()):
         recalibrate(bare, (inputs(batch) for batch in loader))
+        spread_buffers(bare)  # processes see other parts of the data
     seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    handle = catch(layer, seen)
     columns: list[tuple[Tensor, ...]] = []
     try:
-        with eval_mode(bare), torch.no_grad():
+        with eager(), eval_mode(bare), torch.no_grad():
             for batch in loader:
                 seen.clear()
                 logits = logits_of(call_with(bare, inputs(batch)))
@@ -298,7 +303,7 @@ def collect(
     finally:
         handle.remove()
     if not columns:
-        raise ValueError("the loader gave no batches")
+        raise ValueError("the loader gave no batches (it is gone through twice where there is BatchNorm: an iterator will not do)")
     features, logits, labels, *numbers = (torch.cat(parts) for parts in zip(*columns, strict=True))
     return features, logits, labels, numbers[0] if numbers else None
 
@@ -319,6 +324,15 @@ def find_head(model: nn.Module, head: str | nn.Module) -> nn.Module:
     return head
 
 
+def catch(head: nn.Module, seen: list[Tensor]) -> RemovableHandle:
+    """Append what the head gets to ``seen``, until the handle is removed."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append([*args, *kwargs.values()][0])
+
+    return head.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def features_of(seen: list[Tensor], head: str | nn.Module) -> Tensor:
     """What the head got in one forward pass."""
     name = repr(head) if isinstance(head, str) else type(head).__name__
@@ -335,6 +349,16 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(found, Tensor) or found.ndim != 2:
         raise ValueError(f"the model must give logits (B, K), it gives {getattr(found, 'shape', type(output).__name__)}")
     return found
+
+
+def by_number(partition: GroupPartition, numbers: Tensor) -> GroupPartition:
+    """The partition with a place for every number up to the largest."""
+    size = int(numbers.max()) + 1
+    if size == len(numbers):
+        return partition
+    groups, labels, scores = torch.full((size,), -1), torch.full((size,), -1), torch.zeros(size)
+    groups[numbers], labels[numbers], scores[numbers] = partition.groups, partition.labels, partition.scores
+    return replace(partition, groups=groups, scores=scores, labels=labels)
 
 
 def of_all_processes(features: Tensor, logits: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -422,7 +446,7 @@ def _partition(
 ) -> tuple[Tensor, Tensor, dict[int, float], float]:
     gradients = (z.softmax(1) - F.one_hot(y, z.shape[1])) * z  # of the loss with respect to multipliers of the logits, at 1
     every = torch.zeros(restarts, len(y), dtype=torch.int64)
-    groups, scores = torch.zeros(len(y), dtype=torch.int64), torch.zeros(len(y))
+    groups, scores = torch.zeros(len(y), dtype=torch.int64), torch.zeros(len(y), dtype=f.dtype)
     objectives: dict[int, float] = {}
     at_once = max(1, _BLOCK // (restarts * batch_size * f.shape[1]))
     classes = list(members)
@@ -441,12 +465,15 @@ def _partition(
                 own = members[c]
                 chosen = slice(place * restarts, (place + 1) * restarts)
                 raw = nets(f[own].expand(restarts, -1, -1), chosen)
-                mask = torch.ones(restarts, len(own))
+                mask = torch.ones(restarts, len(own), dtype=f.dtype)
                 value = _objective(raw, losses[own].expand(restarts, -1), gradients[own].expand(restarts, -1, -1), mask, gamma, temperature)
                 member = torch.sigmoid(2.0 * raw / temperature)  # (1 + tanh(g / T)) / 2
                 hard = member > 0.5
+                one_sided = hard.all(1) | ~hard.any(1)
+                hard[one_sided] = False  # no split, whichever side it was
+                value = value.masked_fill(one_sided & bool((~one_sided).any()), -math.inf)
                 for r in range(restarts):
-                    if hard[r].any() and not hard[r].all() and losses[own][hard[r]].mean() < losses[own][~hard[r]].mean():
+                    if not one_sided[r] and losses[own][hard[r]].mean() < losses[own][~hard[r]].mean():
                         member[r] = 1.0 - member[r]
                         hard[r] = ~hard[r]
                 every[:, own] = hard.long()
@@ -463,7 +490,7 @@ def _draw(members: list[Tensor], restarts: int, batch_size: int, rng: torch.Gene
     """Examples for every network, without replacement; classes smaller than the batch are padded and masked."""
     size = min(batch_size, max(map(len, members)))
     index = torch.zeros(len(members) * restarts, size, dtype=torch.int64)
-    mask = torch.zeros(len(members) * restarts, size)
+    mask = torch.zeros(len(members) * restarts, size, dtype=torch.float32)
     for place, own in enumerate(members):
         for row in range(place * restarts, (place + 1) * restarts):
             chosen = own if len(own) <= size else own[torch.randperm(len(own), generator=rng)[:size]]
@@ -475,7 +502,7 @@ def _draw(members: list[Tensor], restarts: int, batch_size: int, rng: torch.Gene
 def _objective(raw: Tensor, losses: Tensor, gradients: Tensor, mask: Tensor, gamma: float, temperature: float) -> Tensor:
     """Half of the risks of both parts plus ``gamma`` times their squared gradients, shape ``(networks,)``."""
     member = torch.sigmoid(2.0 * raw / temperature)
-    total = torch.zeros(len(raw))
+    total = raw.new_zeros(len(raw))
     for weight in (member * mask, (1.0 - member) * mask):
         mass = weight.sum(1)
         risk = (weight * losses).sum(1) / mass
@@ -494,10 +521,10 @@ class _Splitters:
         self.left: list[Tensor] = []
         for before, after in itertools.pairwise(widths):
             bound = math.sqrt(6.0 / (before + after))  # Glorot
-            weight = (2.0 * torch.rand(count, before, after, generator=rng) - 1.0) * bound
+            weight = (2.0 * torch.rand(count, before, after, generator=rng, dtype=torch.float32) - 1.0) * bound
             self.weights.append(weight.requires_grad_())
-            self.left.append(F.normalize(torch.randn(count, before, 1, generator=rng), dim=1))
-        self.biases = [torch.full((count, 1, width), 0.01, requires_grad=True) for width in _WIDTHS]
+            self.left.append(F.normalize(torch.randn(count, before, 1, generator=rng, dtype=torch.float32), dim=1))
+        self.biases = [torch.full((count, 1, width), 0.01, dtype=torch.float32, requires_grad=True) for width in _WIDTHS]
         for _ in range(15):
             self._norms()
 

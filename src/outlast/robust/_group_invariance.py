@@ -15,11 +15,22 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 
 from outlast._core import _checks
-from outlast._core._batches import call_with
-from outlast._core._distributed import unwrapped
+from outlast._core._batches import call_with, device_of
+from outlast._core._calls import eager
+from outlast._core._distributed import rank, unwrapped
 from outlast._core._norm import eval_mode
 from outlast._core._random import generator as derived_generator
-from outlast.robust._group_inference import GroupPartition, collect, features_of, find_head, infer_groups, logits_of, of_all_processes
+from outlast.robust._group_inference import (
+    GroupPartition,
+    by_number,
+    catch,
+    collect,
+    features_of,
+    find_head,
+    infer_groups,
+    logits_of,
+    of_all_processes,
+)
 from outlast.robust._invariance import Divergence, group_balanced_cross_entropy, invariance_penalty
 
 
@@ -58,8 +69,8 @@ class GroupInvariance:
                 method.infer(evaluation_loader)  # over the same Indexed data set, without augmentation
 
     One forward pass a step: the penalty takes the features that the head got, through a detached copy of the head, so that
-    the head learns from the cross-entropy alone. Groups are inferred once; a resumed training must restore them
-    (:meth:`state_dict`), not infer them again.
+    the head learns from the cross-entropy alone. A compiled model runs uncompiled in :meth:`loss`. Groups are inferred once; a
+    resumed training must restore them (:meth:`state_dict`), not infer them again.
 
     Args:
         model: classifier that gives logits ``(B, K)``, wrapped in DistributedDataParallel or not.
@@ -90,7 +101,7 @@ class GroupInvariance:
     ) -> None:
         self.model = model
         self.head = find_head(unwrapped(model), head)
-        self._head_name = head
+        self._head_given = head
         self.weight = _checks.real("weight", weight, low=0.0)
         self.ramp_steps = _checks.integer("ramp_steps", ramp_steps, low=1)
         self.balanced = balanced
@@ -123,21 +134,21 @@ class GroupInvariance:
             options: for :func:`infer_groups`.
 
         Returns:
-            The partition, in the order of the numbers.
+            The partition, by number of the example; -1 for numbers that did not occur.
 
         Raises:
             ValueError: batches without numbers; as :func:`collect_features` and :func:`infer_groups`.
         """
         features, logits, labels, numbers = collect(
-            self.model, loader, head=self._head_name, recalibrate_batchnorm=recalibrate_batchnorm, device=device
+            self.model, loader, head=self._head_given, recalibrate_batchnorm=recalibrate_batchnorm, device=device
         )
         if numbers is None:
             raise ValueError("the loader gives no numbers of the examples; wrap its data set in outlast.data.Indexed")
         features, logits, labels, numbers = of_all_processes(features, logits, labels, numbers)
-        partition = infer_groups(features, logits, labels, **options)
-        groups = torch.full((int(numbers[-1]) + 1,), -1, dtype=torch.int64)
-        groups[numbers] = partition.groups
-        self.set_groups(groups if partition.usable else torch.zeros_like(groups))
+        if int(numbers[0]) < 0:
+            raise ValueError(f"numbers of examples must not be negative, got {int(numbers[0])}")
+        partition = by_number(infer_groups(features, logits, labels, **options), numbers)
+        self.set_groups(partition)
         return partition
 
     def set_groups(self, groups: Tensor | GroupPartition) -> None:
@@ -170,9 +181,11 @@ class GroupInvariance:
             ValueError: numbers outside of the partition; groups that split no class.
         """
         seen: list[Tensor] = []
-        handle = self.head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        labels = labels.long()
+        handle = catch(self.head, seen)
         try:
-            logits = logits_of(call_with(self.model, inputs))
+            with eager():  # a compiled graph would not know of the hook
+                logits = logits_of(call_with(self.model, inputs))
         finally:
             handle.remove()
         if self.groups is None:
@@ -183,8 +196,9 @@ class GroupInvariance:
         weight = self.weight * min(1.0, (self.steps + 1) / self.ramp_steps)
         judged = logits
         if self.detach_head:
-            state = {name: value.detach() for name, value in [*self.head.named_parameters(), *self.head.named_buffers()]}
-            judged = logits_of(torch.func.functional_call(self.head, state, (features_of(seen, self._head_name),)))
+            state = {name: value.detach() for name, value in self.head.named_parameters()}
+            state.update({name: value.clone() for name, value in self.head.named_buffers()})  # statistics see one pass a step
+            judged = logits_of(torch.func.functional_call(self.head, state, (features_of(seen, self._head_given),)))
         penalty = invariance_penalty(judged, labels, groups, divergence=self.divergence, min_per_group=self.min_per_group)
         if torch.is_grad_enabled():
             self.steps += 1
@@ -195,6 +209,8 @@ class GroupInvariance:
         assert self.groups is not None
         if not bool((self.groups == 1).any()):
             raise ValueError("the groups split no class, so there is nothing to be invariant to; go on with plain training")
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise TypeError(f"numbers of examples must be integers, got {index.dtype}")
         numbers = index.detach().cpu().long()
         if bool(((numbers < 0) | (numbers >= len(self.groups))).any()):
             raise ValueError(
@@ -215,10 +231,10 @@ class GroupInvariance:
         known = groups.groups if isinstance(groups, GroupPartition) else groups
         hits: dict[tuple[int, int], list[int]] = {}
         bare = unwrapped(self.model)
-        first = next(bare.parameters(), None)
+        place = device_of(bare)
         with eval_mode(bare), torch.no_grad():
             for x, y, i in loader:
-                right = logits_of(call_with(bare, x.to(first.device) if first is not None else x)).argmax(1).cpu() == y.cpu()
+                right = logits_of(call_with(bare, x.to(place))).argmax(1).cpu() == y.cpu()
                 for label, group, hit in zip(y.tolist(), known[i.cpu()].tolist(), right.tolist(), strict=True):
                     cell = hits.setdefault((label, group), [0, 0])
                     cell[0] += hit
@@ -267,31 +283,41 @@ class balanced_sampler(Sampler[list[int]]):  # noqa: N801  a constructor that re
     """Batches in which every (class, group) of a partition has its share, for ``DataLoader(batch_sampler=...)``.
 
     Every cell is drawn through its own permutation, again and again: small cells repeat. An epoch has as many batches as
-    examples make.
+    examples make. Draws are functions of (seed, epoch, process): every epoch and every process has its own, and
+    ``set_epoch`` repeats one after a restart.
 
     Args:
         partition: from :func:`infer_groups`; examples of unknown group are left out.
         batch_size: at least the number of cells; 4 for each class or more.
-        generator: of the order; None for a fixed seed.
+        generator: gives the seed (one number is drawn at once); None for a fixed seed.
 
     Raises:
-        ValueError: a batch smaller than the number of cells.
+        ValueError: a batch smaller than the number of cells, or no example with a group.
     """
 
     def __init__(self, partition: GroupPartition, batch_size: int, *, generator: torch.Generator | None = None) -> None:
         self.batch_size = _checks.integer("batch_size", batch_size, low=1)
-        self._generator = derived_generator(0, "balanced_sampler") if generator is None else generator
+        self._seed = 0 if generator is None else int(torch.randint(2**63 - 1, (), generator=generator))
+        self._epoch = 0
         keys = torch.where(partition.groups < 0, -1, 2 * partition.labels + partition.groups)
         self._cells = [(keys == key).nonzero()[:, 0] for key in keys.unique().tolist() if key >= 0]
         self._count = int((keys >= 0).sum())
+        if not self._cells:
+            raise ValueError("the partition has no example with a group")
         if self.batch_size < len(self._cells):
             raise ValueError(f"batches of {self.batch_size} cannot hold all {len(self._cells)} pairs of class and group")
 
     def __len__(self) -> int:
         return max(1, self._count // self.batch_size)
 
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration draws."""
+        self._epoch = _checks.integer("epoch", epoch, low=0)
+
     def __iter__(self) -> Iterator[list[int]]:
-        streams = [self._endless(cell) for cell in self._cells]
+        rng = derived_generator(self._seed, f"balanced_sampler, process {rank()}", self._epoch)
+        self._epoch += 1
+        streams = [_endless(cell, rng) for cell in self._cells]
         place = 0
         for _ in range(len(self)):
             batch: list[int] = []
@@ -300,6 +326,7 @@ class balanced_sampler(Sampler[list[int]]):  # noqa: N801  a constructor that re
                 place += 1
             yield batch
 
-    def _endless(self, cell: Tensor) -> Iterator[int]:
-        while True:
-            yield from cell[torch.randperm(len(cell), generator=self._generator)].tolist()
+
+def _endless(cell: Tensor, rng: torch.Generator) -> Iterator[int]:
+    while True:
+        yield from cell[torch.randperm(len(cell), generator=rng)].tolist()

@@ -62,17 +62,18 @@ def invariance_penalty(
         TypeError: floating-point labels or groups.
 
     Warns:
-        OutlastWarning: no class has both groups in the batch (once a run).
+        OutlastWarning: no class has both groups in the batch (once a run, and only on the CPU: elsewhere it is not asked).
     """
     _checks.choice("divergence", divergence, ("kl", "reverse_kl", "js"))
     _checks.choice("reduction", reduction, ("mean", "sum", "none"))
     eps = _checks.real("eps", eps, low=0.0, high=0.1, low_open=True)
     least = _checks.integer("min_per_group", min_per_group, low=1)
     groups_count = _checks.integer("num_groups", num_groups, low=2)
-    _check(logits, labels, groups, groups_count)
+    labels, groups = _check(logits, labels, groups, groups_count)
     K = logits.shape[1]
     slots = torch.where(groups < 0, K * groups_count, labels * groups_count + groups)  # one more for unknown groups
-    counts = torch.zeros(K * groups_count + 1, device=logits.device).index_add(0, slots, torch.ones_like(slots, dtype=torch.float32))
+    counts = torch.zeros(K * groups_count + 1, device=logits.device, dtype=torch.float32)
+    counts = counts.index_add(0, slots, torch.ones_like(slots, dtype=torch.float32))
     shared, team = process_group != "local" and world_size() > 1, cast("Any", process_group)
     if shared:
         torch.distributed.all_reduce(counts, group=team)
@@ -81,7 +82,7 @@ def invariance_penalty(
     both = present[:, 0] & present[:, 1:].any(1)
     compiled = torch.compiler.is_compiling()
     if compiled or logits.device.type != "cpu":
-        kept, rows = torch.arange(K, device=logits.device), slice(None)  # fixed shapes, nothing read back
+        kept, rows = torch.arange(K, device=logits.device), slice(None)  # fixed shapes
     else:
         kept = both.nonzero()[:, 0]
         rows = (both[labels] & (groups >= 0)).nonzero()[:, 0]
@@ -162,7 +163,7 @@ def group_balanced_cross_entropy(
         ValueError, TypeError: as :func:`invariance_penalty`.
     """
     count = _checks.integer("num_groups", num_groups, low=2)
-    _check(logits, labels, groups, count)
+    labels, groups = _check(logits, labels, groups, count)
     losses = F.cross_entropy(_wide(logits), labels, weight=weight, reduction="none", label_smoothing=label_smoothing)
     masses = torch.ones_like(losses) if weight is None else weight.to(losses)[labels]
     slots = torch.where(groups < 0, count, groups)
@@ -230,7 +231,8 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, OutlastWarning, stacklevel=3)
 
 
-def _check(logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int) -> None:
+def _check(logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Labels and groups as int64, or an exception."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or groups.shape != logits.shape[:1]:
         raise ValueError(
             f"logits must be (B, K), labels and groups (B,), got {tuple(logits.shape)}, {tuple(labels.shape)} and {tuple(groups.shape)}"
@@ -242,10 +244,12 @@ def _check(logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int) -> N
         raise ValueError("the batch is empty")
     if logits.shape[1] < 2:
         raise ValueError("logits have one class: there is nothing to predict")
+    labels, groups = labels.long(), groups.long()
     if torch.compiler.is_compiling():
-        return
+        return labels, groups
     if not bool(torch.isfinite(logits.detach()).all()):
         raise ValueError("logits are not finite")
     for name, values, low, high in (("labels", labels, 0, logits.shape[1]), ("groups", groups, -1, num_groups)):
         if bool(((values < low) | (values >= high)).any()):
             raise ValueError(f"{name} must be in [{low}, {high}), got {int(values.min())} to {int(values.max())}")
+    return labels, groups

@@ -6,6 +6,7 @@ Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", I
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -72,11 +73,15 @@ def mixup_loss(criterion: Criterion, output: Any, target: MixedTarget | Tensor) 
                 OutlastWarning,
                 stacklevel=2,
             )
-        if entropy and _reduction(criterion) == "mean" and target.is_floating_point():
-            labelled = (target.sum(1) != 0).sum().clamp(min=1)
-            return _unreduced(criterion)(output, target).sum() / labelled
+        if entropy and target.is_floating_point():
+            labelled = target.sum(1) != 0  # label smoothing would give a loss to samples without a label
+            losses = _unreduced(criterion)(output, target) * labelled
+            reduction = _setting(criterion, "reduction", "mean")
+            if reduction == "none":
+                return losses
+            return losses.sum() if reduction == "sum" else losses.sum() / labelled.sum().clamp(min=1)
         return criterion(output, target)
-    reduction = _reduction(criterion)
+    reduction = _setting(criterion, "reduction", "mean")
     if target.lam.ndim == 0 and not (entropy and reduction == "mean"):
         # any criterion will do, those without losses of single samples included
         return target.lam * criterion(output, target.a) + (1.0 - target.lam) * criterion(output, target.b)
@@ -86,7 +91,7 @@ def mixup_loss(criterion: Criterion, output: Any, target: MixedTarget | Tensor) 
     if first.ndim == 0 or first.shape[0] != size:
         raise ValueError(
             f"{_name(criterion)} gives shape {tuple(first.shape)} for {size} samples, but lam differs between samples; give a "
-            'criterion with reduction="none", or mix a whole batch alike (per_sample=False)'
+            'criterion with reduction="none", or mix a whole batch alike (per_sample=False, ignore_index=None)'
         )
     lam = _aligned(target.lam, first)
     mixed = lam * first + (1.0 - lam) * second
@@ -95,7 +100,7 @@ def mixup_loss(criterion: Criterion, output: Any, target: MixedTarget | Tensor) 
     if reduction == "sum":
         return mixed.sum()
     if entropy:
-        ignored = _ignore_index(criterion)
+        ignored = _setting(criterion, "ignore_index", -100)
         if target.a.is_floating_point():
             return mixed.sum() / (target.a.sum(1) != 0).sum().clamp(min=1)
         labelled = lam * (target.a != ignored) + (1.0 - lam) * (target.b != ignored)  # ignored samples come with lam = 1
@@ -135,12 +140,13 @@ def mixup_accuracy(output: Tensor, target: MixedTarget | Tensor) -> Tensor:
     predicted = output.argmax(1)
     if not isinstance(target, MixedTarget):
         if target.ndim == 2 and target.shape == output.shape:
-            return target.gather(1, predicted[:, None]).mean()
+            return target.gather(1, predicted[:, None]).sum() / (target.sum(1) != 0).sum().clamp(min=1)
         target = MixedTarget(target, target, torch.ones((), device=output.device))
     if target.a.shape != predicted.shape:
         raise ValueError(f"targets must be class ids of shape {tuple(predicted.shape)}, got {tuple(target.a.shape)}")
     hits = target.lam * (predicted == target.a) + (1.0 - target.lam) * (predicted == target.b)
-    return hits.mean()
+    labelled = target.lam * (target.a >= 0) + (1.0 - target.lam) * (target.b >= 0)  # ids below 0 stand for no label
+    return hits.sum() / labelled.sum().clamp(min=1e-12)
 
 
 def _aligned(lam: Tensor, losses: Tensor) -> Tensor:
@@ -148,26 +154,25 @@ def _aligned(lam: Tensor, losses: Tensor) -> Tensor:
 
 
 def _is_cross_entropy(criterion: object) -> bool:
-    return criterion is F.cross_entropy or isinstance(criterion, nn.CrossEntropyLoss)
+    criterion = criterion.func if isinstance(criterion, functools.partial) else criterion
+    return criterion in (F.cross_entropy, F.nll_loss) or isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
 
 
-def _ignore_index(criterion: object) -> int:
-    return criterion.ignore_index if isinstance(criterion, nn.CrossEntropyLoss) else -100
+def _setting(criterion: object, name: str, default: Any) -> Any:
+    """An option of a criterion: of a module its attribute, of a ``functools.partial`` its keyword."""
+    if isinstance(criterion, functools.partial):
+        return criterion.keywords.get(name, _setting(criterion.func, name, default))
+    return getattr(criterion, name, default)
 
 
 def _name(criterion: object) -> str:
+    criterion = criterion.func if isinstance(criterion, functools.partial) else criterion
     return str(getattr(criterion, "__name__", type(criterion).__name__))
 
 
 def _not_affine(criterion: object) -> bool:
     name = _name(criterion).lower().replace("_", "")
-    return any(word in name for word in _NOT_AFFINE)
-
-
-def _reduction(criterion: object) -> str:
-    """How a criterion reduces; ``"mean"`` for functions, whose default it is, and for criteria that do not say."""
-    found = getattr(criterion, "reduction", "mean")
-    return found if found in ("none", "sum", "mean") else "mean"
+    return "multilabelsoftmargin" not in name and any(word in name for word in _NOT_AFFINE)
 
 
 def _unreduced(criterion: Criterion) -> Criterion:

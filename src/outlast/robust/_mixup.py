@@ -22,6 +22,7 @@ from torch.utils.data import get_worker_info
 
 from outlast._core import _checks
 from outlast._core._beta import sample_lambda
+from outlast._core._calls import eager
 from outlast._core._distributed import rank, world_size
 from outlast._core._random import derived_seed
 from outlast._core._random import generator as derived_generator
@@ -59,7 +60,7 @@ class _BatchMix(nn.Module):
         p: float = 1.0,
         label_smoothing: float = 0.0,
         labels_getter: LabelsGetter = "default",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         generator: torch.Generator | None = None,
         inplace: bool = False,
     ) -> None:
@@ -83,7 +84,7 @@ class _BatchMix(nn.Module):
         self.labels_getter: LabelsGetter = labels_getter
         self.ignore_index = ignore_index
         self.inplace = inplace
-        start = torch.initial_seed() if generator is None else int(torch.randint(2**63 - 1, (), generator=generator))
+        start = torch.initial_seed() if generator is None else int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
         self._seed = derived_seed(start, type(self).__name__)
         self._step = 0
         self._rank = rank()
@@ -135,6 +136,10 @@ class _BatchMix(nn.Module):
         return self._draw(_checks.integer("size", size, low=1), self._stream())
 
     def _draw(self, size: int, stream: torch.Generator) -> Mix:
+        with torch.device("cpu"):
+            return self._draw_here(size, stream)
+
+    def _draw_here(self, size: int, stream: torch.Generator) -> Mix:
         shape = (size,) if self.per_sample else ()
         lam = torch.ones(shape, dtype=torch.float64)
         if self.alpha > 0.0:
@@ -183,15 +188,15 @@ class _BatchMix(nn.Module):
             raise ValueError("the batch is empty")
         self._check_labels(target)
         stream = self._stream()
-        mix = self._with_ignored(self._draw(size, stream), target)
-        mixed, mix = self._mix([leaves[place] for place in places], mix, stream)
+        mix = self._draw(size, stream)
+        mixed, mix = self._mix([leaves[place] for place in places], mix, self._alone(mix, target), stream)
         for place, x in zip(places, mixed, strict=True):
             leaves[place] = x
         done = self.mix_targets(target, mix)
         return tree_unflatten([done if leaf is target else leaf for leaf in leaves], structure)
 
-    def _mix(self, inputs: list[Tensor], mix: Mix, stream: torch.Generator) -> tuple[list[Tensor], Mix]:
-        """The mixed inputs, and the draw with the weights that they really have."""
+    def _mix(self, inputs: list[Tensor], mix: Mix, alone: Tensor | None, stream: torch.Generator) -> tuple[list[Tensor], Mix]:
+        """The mixed inputs without those that stay ``alone``, and the draw with the weights that they really have."""
         raise NotImplementedError
 
     def _find_labels(self, batch: Any) -> Tensor:
@@ -201,14 +206,15 @@ class _BatchMix(nn.Module):
         return found
 
     def _check_labels(self, y: Tensor) -> None:
-        if self.labels != "soft":
-            return
         ids = not y.is_floating_point() and not y.is_complex()
+        if self.labels != "soft" and (self.num_classes is None or y.ndim != 1):
+            return
         if y.ndim == 1 and ids:
             if self.num_classes is None:
                 raise ValueError('labels="soft" makes class probabilities out of class ids and needs num_classes')
             if y.device.type == "cpu":  # elsewhere looking would wait for the device
-                wrong = ((y < 0) | (y >= self.num_classes)) & (y != self.ignore_index)
+                wrong = (y < 0) | (y >= self.num_classes)
+                wrong = wrong if self.ignore_index is None else wrong & (y != self.ignore_index)
                 if bool(wrong.any()):
                     raise ValueError(f"class id {int(y[wrong][0])} is outside [0, {self.num_classes})")
         elif y.ndim == 1 and self.num_classes is not None:
@@ -220,15 +226,14 @@ class _BatchMix(nn.Module):
         if self.label_smoothing and not (y.ndim == 1 and ids):
             raise ValueError("label_smoothing is for class ids, these labels are probabilities or values already")
 
-    def _with_ignored(self, mix: Mix, y: Tensor) -> Mix:
-        """Samples without a label, and those whose partner has none, stay as they are."""
-        if y.ndim != 1 or y.is_floating_point():
-            return mix
+    def _alone(self, mix: Mix, y: Tensor) -> Tensor | None:
+        """Which samples have no label or a partner without one: they stay as they are. None where it is known that none does."""
+        if self.ignore_index is None or y.ndim != 1 or y.is_floating_point():
+            return None
         ignored = y == self.ignore_index
         if y.device.type == "cpu" and not bool(ignored.any()):
-            return mix
-        alone = ignored | ignored[mix.partner.to(y.device, non_blocking=True)]
-        return Mix(torch.where(alone, 1.0, mix.lam.to(y.device, non_blocking=True)), mix.partner)
+            return None
+        return ignored | ignored[mix.partner.to(y.device, non_blocking=True)]
 
     def mix_targets(self, y: Tensor, mix: Mix) -> Tensor | MixedTarget:
         """Labels of a mixed batch, in the form that ``labels`` asks for.
@@ -253,7 +258,7 @@ class _BatchMix(nn.Module):
         if y.ndim > 1 or y.is_floating_point():
             return y.to(dtype)
         assert self.num_classes is not None  # _check_labels has refused
-        known = (y != self.ignore_index)[:, None]
+        known = torch.ones_like(y, dtype=torch.bool)[:, None] if self.ignore_index is None else (y != self.ignore_index)[:, None]
         rest = self.label_smoothing / self.num_classes
         soft = F.one_hot(torch.where(known[:, 0], y, 0).long(), self.num_classes).to(dtype)
         return (soft * (1.0 - self.label_smoothing) + rest) * known  # a row of zeros has no label
@@ -270,8 +275,8 @@ class MixUp(_BatchMix):
 
     Works after the transfer to a device, in a collate function (each worker draws its own), and beside torchvision's
     transforms (``v2.RandomChoice([MixUp(...), CutMix(...)])``). Weights and partners are functions of (seed, step, process):
-    processes of a distributed training mix differently, and a checkpoint (``state_dict``) of one resumes all of them exactly.
-    Nothing is read back from the device.
+    processes of a distributed training mix differently, and, all having been given one seed, a checkpoint of one resumes all exactly
+    (in loader workers, which count for themselves, the stream goes by the worker's seed). Nothing is read back from the device.
 
     Draw once a step and outside of a SAM closure, so that both passes see one batch. Token ids cannot be mixed: mix their
     embeddings by :func:`mix_hidden`.
@@ -293,7 +298,8 @@ class MixUp(_BatchMix):
         labels_getter: where the labels are in a batch; ``"default"`` takes the second entry of a tuple or the entry of a
             mapping whose name holds "label".
         ignore_index: class id of samples without a label: they and their partners are not mixed, and soft labels of the
-            former are zero.
+            former are zero; None for none such. Where there may be some (always, if labels are on an accelerator, which is
+            not asked), ``lam`` of pairs has an entry for each sample.
         generator: gives the seed of the stream (one number is drawn at once); None derives it from ``torch.initial_seed()``, so
             that two such transforms share their draws.
         inplace: write into the input.
@@ -302,10 +308,18 @@ class MixUp(_BatchMix):
         ValueError: an argument out of its range, or ``beta`` with ``alpha=0``.
     """
 
-    def _mix(self, inputs: list[Tensor], mix: Mix, stream: torch.Generator) -> tuple[list[Tensor], Mix]:
-        if mix.lam.ndim == 0 and float(mix.lam) == 1.0:  # lam is on the CPU unless it differs between samples
+    def _mix(self, inputs: list[Tensor], mix: Mix, alone: Tensor | None, stream: torch.Generator) -> tuple[list[Tensor], Mix]:
+        if mix.lam.ndim == 0 and float(mix.lam) == 1.0:
             return inputs, mix
-        return [_like(_interpolate(x, mix, self.pairing, inplace=self.inplace), x) for x in inputs], mix
+        mix = _left_alone(mix, alone)
+        return [self._interpolated(x, mix, alone) for x in inputs], mix
+
+    def _interpolated(self, x: Tensor, mix: Mix, alone: Tensor | None) -> Tensor:
+        out = _interpolate(x, mix, self.pairing, inplace=self.inplace and alone is None)
+        if alone is not None:  # a weight of 0 does not stop NaN and infinity
+            out = torch.where(alone.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), x, out)
+            out = x.copy_(out) if self.inplace else out
+        return _like(out, x)
 
 
 class CutMix(_BatchMix):
@@ -323,8 +337,37 @@ class CutMix(_BatchMix):
         ValueError: as for :class:`MixUp`; ``minmax`` that is not ``0 <= low <= high <= 1``.
     """
 
-    def __init__(self, alpha: float = 1.0, beta: float | None = None, *, minmax: tuple[float, float] | None = None, **options: Any) -> None:
-        super().__init__(alpha, beta, **options)
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float | None = None,
+        *,
+        num_classes: int | None = None,
+        per_sample: bool = False,
+        labels: Labels = "soft",
+        pairing: Pairing = "permute",
+        p: float = 1.0,
+        label_smoothing: float = 0.0,
+        labels_getter: LabelsGetter = "default",
+        ignore_index: int | None = -100,
+        generator: torch.Generator | None = None,
+        inplace: bool = False,
+        minmax: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(
+            alpha,
+            beta,
+            num_classes=num_classes,
+            per_sample=per_sample,
+            labels=labels,
+            pairing=pairing,
+            p=p,
+            label_smoothing=label_smoothing,
+            labels_getter=labels_getter,
+            ignore_index=ignore_index,
+            generator=generator,
+            inplace=inplace,
+        )
         self.minmax = None
         if minmax is not None:
             low, high = (_checks.real("minmax", value, low=0.0, high=1.0) for value in minmax)
@@ -335,26 +378,26 @@ class CutMix(_BatchMix):
     def _law(self) -> Literal["beta", "tilde"]:
         return "beta"
 
-    def _mix(self, inputs: list[Tensor], mix: Mix, stream: torch.Generator) -> tuple[list[Tensor], Mix]:
+    def _mix(self, inputs: list[Tensor], mix: Mix, alone: Tensor | None, stream: torch.Generator) -> tuple[list[Tensor], Mix]:
         if mix.lam.ndim == 0 and float(mix.lam) == 1.0:
             return inputs, mix
         sizes = inputs[0].shape[min(2, inputs[0].ndim - 1) :]
         if not sizes or any(x.shape[min(2, x.ndim - 1) :] != sizes for x in inputs):
             raise ValueError(f"CutMix cuts one box out of all inputs, got shapes {', '.join(str(tuple(x.shape)) for x in inputs)}")
-        whole = mix.lam == 1.0  # not drawn, or an ignored member
-        low, high = self._boxes(mix.lam.cpu(), sizes, stream)
+        with torch.device("cpu"):
+            low, high = self._boxes(mix.lam, sizes, stream)
         share = torch.stack([end - begin for begin, end in zip(low, high, strict=True)]).prod(0).double() / math.prod(sizes)
-        lam = torch.where(whole, 1.0, 1.0 - share.to(whole.device, non_blocking=True))
-        swapped = torch.zeros_like(whole)
+        lam = torch.where(mix.lam == 1.0, 1.0, 1.0 - share)  # 1: not drawn
+        swapped = torch.zeros_like(lam, dtype=torch.bool)
         if self.labels == "hard":
-            swapped = torch.rand(lam.shape, generator=stream, dtype=torch.float64).to(lam.device, non_blocking=True) >= lam
-        mix = Mix(lam, mix.partner)
-        if lam.ndim == 0:
+            swapped = torch.rand(lam.shape, generator=stream, dtype=torch.float64, device="cpu") >= lam
+        mix = _left_alone(Mix(lam, mix.partner), alone)
+        if mix.lam.ndim == 0:
             box = tuple(slice(int(begin), int(end)) for begin, end in zip(low, high, strict=True))
             return [_like(self._cut_all(x, mix.partner, (..., *box), swapped=bool(swapped)), x) for x in inputs], mix
-        inside = self._masks(low, high, sizes, lam.device)
-        own = (lam == 1.0).reshape(-1, *[1] * len(sizes))
-        partner = (inside ^ swapped.reshape(-1, *[1] * len(sizes))) & ~own
+        inside = self._masks(low, high, sizes, mix.lam.device)
+        swap = swapped.to(mix.lam.device, non_blocking=True).reshape(-1, *[1] * len(sizes))
+        partner = (inside ^ swap) & (mix.lam != 1.0).reshape(-1, *[1] * len(sizes))
         return [_like(self._cut_each(x, mix.partner, partner), x) for x in inputs], mix
 
     def _cut_all(self, x: Tensor, index: Tensor, box: tuple[Any, ...], *, swapped: bool) -> Tensor:
@@ -395,11 +438,11 @@ class CutMix(_BatchMix):
 
     @staticmethod
     def _masks(low: list[Tensor], high: list[Tensor], sizes: torch.Size, device: torch.device) -> Tensor:
-        """Whether a place lies in its sample's box, shape ``(B, *sizes)``."""
-        inside = torch.ones((len(low[0]), *sizes), dtype=torch.bool, device=device)
+        """Whether a place lies in its sample's box, shape ``(B, *sizes)``, or ``(1, *sizes)`` for one box."""
+        inside = torch.ones((low[0].numel(), *sizes), dtype=torch.bool, device=device)
         for axis, size in enumerate(sizes):
             places = torch.arange(size, device=device)
-            begin, end = (side[axis].to(device, non_blocking=True)[:, None] for side in (low, high))
+            begin, end = (side[axis].to(device, non_blocking=True).reshape(-1, 1) for side in (low, high))
             one = (places >= begin) & (places < end)
             inside &= one.reshape(len(one), *[1] * axis, size, *[1] * (len(sizes) - axis - 1))
         return inside
@@ -415,6 +458,8 @@ def mix_hidden(model: nn.Module, layer: str | nn.Module, lam: Tensor | float, in
         with mix_hidden(model, "embedding", *mix):
             logits = model(tokens)
         loss = mixup_loss(criterion, logits, mixup.mix_targets(labels, mix))
+
+    Compiled models run uncompiled inside. With activation checkpointing run the backward pass inside too.
 
     Args:
         model: holds the layer.
@@ -433,6 +478,8 @@ def mix_hidden(model: nn.Module, layer: str | nn.Module, lam: Tensor | float, in
     if module not in names.values():
         raise ValueError(f"the {type(module).__name__} given as layer is no part of the model")
     mix = Mix(torch.as_tensor(lam, dtype=torch.float64), index)
+    if mix.lam.device.type == "cpu" and not bool(((mix.lam >= 0.0) & (mix.lam <= 1.0)).all()):
+        raise ValueError(f"lam must be in [0, 1], got {lam!r}")
     ran = False
 
     def hook(_module: nn.Module, _inputs: object, output: Any) -> Any:
@@ -449,7 +496,8 @@ def mix_hidden(model: nn.Module, layer: str | nn.Module, lam: Tensor | float, in
 
     handle = module.register_forward_hook(hook)
     try:
-        yield
+        with eager():  # a compiled graph would not know of the hook
+            yield
     finally:
         handle.remove()
     if not ran:
@@ -470,6 +518,10 @@ def _interpolate(x: Tensor, mix: Mix, pairing: str, *, inplace: bool) -> Tensor:
     if inplace:
         return x.copy_(other.lerp_(wide, weight)) if half else x.lerp_(other, 1.0 - weight)
     return other.lerp_(wide, weight).to(x.dtype)
+
+
+def _left_alone(mix: Mix, alone: Tensor | None) -> Mix:
+    return mix if alone is None else Mix(torch.where(alone, 1.0, mix.lam.to(alone.device, non_blocking=True)), mix.partner)
 
 
 def _weight(lam: Tensor, x: Tensor) -> Tensor | float:

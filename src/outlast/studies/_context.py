@@ -84,6 +84,7 @@ class Context:
         micro_batch: int | None = None,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        order: Callable[[int, torch.Generator], Tensor] | None = None,
         after_epoch: Callable[[nn.Module, int], None] | None = None,
         max_steps: int | None = None,
         schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None,
@@ -91,18 +92,19 @@ class Context:
     ) -> nn.Module:
         """Train with a cosine schedule that ends at zero (or ``schedule(optimizer, steps)``), and return the wrapped model.
 
-        Every epoch goes through a fresh permutation and drops the incomplete last batch. With several devices each takes
-        an equal share of every batch. Each update is one ``optimizer.step(closure)``, or ``step([closures])`` over
-        ``micro_batch`` samples each, for optimizers that take such. ``mix(images, labels)`` changes each batch once an update
-        (mixup). The loss is ``loss_fn(model(images), labels)``, or ``objective(model, images, labels, index)`` with the numbers of
-        the samples. ``stream`` names the random order of this training
-        where a cell trains more than once.
+        Every epoch goes through a fresh permutation (or ``order(epoch, generator)``) and drops the incomplete last batch. With
+        several devices each takes an equal share of every batch. Each update is one ``optimizer.step(closure)``, or
+        ``step([closures])`` over ``micro_batch`` samples each, for optimizers that take such. ``mix(images, labels)`` changes each
+        batch once an update (mixup). The loss is ``loss_fn(model(images), labels)``, or ``objective(model, images, labels, index)``
+        with the numbers of the samples. ``stream`` names the random order of this training where a cell trains more than once.
 
         Raises:
             DivergedError: an epoch's loss is not finite.
         """
         if (loss_fn is None) == (objective is None):
             raise ValueError("give loss_fn or objective, one of them")
+        if objective is not None and micro_batch is not None:
+            raise ValueError("micro_batch is for loss_fn; an objective takes whole batches")
         fabric = self.fabric
         unsharded = copy.deepcopy(model) if self.sharded else None  # a sharded module cannot be copied any more
         model = fabric.setup_module(model)
@@ -121,12 +123,14 @@ class Context:
         done = 0
         for epoch in range(epochs):
             model.train()
-            order = torch.randperm(len(images), generator=self.generator(f"{stream}order", epoch)).to(fabric.device)
+            places = self.generator(f"{stream}order", epoch)
+            samples = torch.randperm(len(images), generator=places) if order is None else order(epoch, places)
+            samples = samples.to(fabric.device)
             draws = self.generator(f"{stream}augmentation", epoch)
             loss_sum = torch.zeros((), device=fabric.device)
             for step in range(steps_per_epoch):
                 start = step * batch_size + fabric.global_rank * share
-                index = order[start : start + share]
+                index = samples[start : start + share]
                 batch = images[index] if augment is None else augment(images[index], draws)
                 target = labels[index]
                 if mix is not None:

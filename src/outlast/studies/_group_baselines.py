@@ -40,9 +40,14 @@ def reweighted(logits: Tensor, labels: Tensor, groups: Tensor, weight: float) ->
 
 
 def dro(logits: Tensor, labels: Tensor, groups: Tensor, q: Tensor, eta: float) -> Tensor:
-    """Risk under group weights ``q``, which rise where the normalised risk is large; ``q`` is changed in place."""
+    """Risk under group weights ``q``, which rise where the normalised risk is large; ``q`` is changed in place.
+
+    For batches that are balanced over the groups; of a batch that lacks one the plain mean is taken.
+    """
     losses = F.cross_entropy(logits, labels, reduction="none")
-    risks = torch.stack([losses[groups == g].mean() if bool((groups == g).any()) else losses.sum() * 0.0 for g in (0, 1)])
+    if not bool((groups == 0).any() and (groups == 1).any()):
+        return losses.mean()
+    risks = torch.stack([losses[groups == g].mean() for g in (0, 1)])
     with torch.no_grad():
         q *= (eta * risks / risks.sum().clamp(min=1e-12)).exp()
         q /= q.sum()

@@ -55,7 +55,7 @@ def conv4(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def pooled_conv(width: int, last_pool: bool, num_classes: int) -> nn.Sequential:
+def pooled_conv(width: int, *, last_pool: bool, num_classes: int) -> nn.Sequential:
     """Three 3x3 convolutions (``width`` times 1, 2, 4), each pooled, normalised and cut at 0, the global mean, and a linear head.
 
     The network of the study of group-invariant predictions, for colour images; the head is the layer ``"head"``.

@@ -77,6 +77,7 @@ def cell(config: Coloured, seed: int, context: Context) -> Outcome:
             data["train"][0],
             data["train"][1],
             objective=trainer.objective,
+            order=trainer.order,
             epochs=config.epochs,
             batch_size=config.batch_size,
             after_epoch=trainer.after_epoch,
@@ -111,46 +112,60 @@ class _Trainer:
         self._partition: Any = None
         self._held: Any = None
         self._q: Any = None
+        self._ramp = 1
+        self._steps = 0
+
+    def order(self, _epoch: int, stream: torch.Generator) -> Tensor:
+        """Group DRO draws batches that are balanced over the groups, the others permutations."""
+        import torch
+
+        count = len(self._data["train"][0])
+        if self._config.method != "dro" or self._partition is None:
+            return torch.randperm(count, generator=stream)
+        groups = self._method.groups
+        sizes = torch.bincount(groups, minlength=2).clamp(min=1)
+        return torch.multinomial(1.0 / sizes[groups].double(), count, replacement=True, generator=stream)
 
     def objective(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         import torch
         import torch.nn.functional as F
 
-        from outlast.robust import GroupInvariance
+        from outlast.robust import GroupInvariance, group_balanced_cross_entropy
         from outlast.studies import _group_baselines as baselines
 
         config = self._config
         if self._method is None:
             steps = len(self._data["train"][0]) // config.batch_size
-            penalised = config.weight if config.method == "pgi" else 0.0
-            self._method = GroupInvariance(
-                model,
-                head="head",
-                weight=penalised,
-                ramp_steps=config.ramp_epochs * steps,
-                balanced=config.method not in ("erm", "reweight", "dro"),
-                detach_head=config.detach,
-            )
-            self._q = torch.full((2,), 0.5)
-        if self._partition is None or config.method in ("erm", "balanced", "pgi"):
+            self._ramp = config.ramp_epochs * steps
+            self._method = GroupInvariance(model, head="head", weight=config.weight, ramp_steps=self._ramp, detach_head=config.detach)
+            self._q = torch.full((2,), 0.5, device=x.device)
+        if config.method == "erm" or self._partition is None:
+            return F.cross_entropy(model(x), y)
+        if config.method == "pgi":
             return self._method.loss(x, y, index).total
         groups = self._method.groups[index.cpu()].to(x.device)
-        if config.method in ("reweight", "dro"):
-            logits = model(x)
-            if config.method == "reweight":
-                return baselines.reweighted(logits, y, groups, config.weight)
+        features, logits = self._forward(model, x)
+        if config.method == "reweight":
+            return baselines.reweighted(logits, y, groups, config.weight)
+        if config.method == "dro":
             return baselines.dro(logits, y, groups, self._q, 0.01)
+        entropy = group_balanced_cross_entropy(logits, y, groups)
+        if config.method == "balanced":
+            return entropy
+        self._steps += 1
+        weight = config.weight * min(1.0, self._steps / self._ramp)  # as the penalty's, so that no method has the better start
+        if config.method == "cmmd":
+            return entropy + weight * baselines.cmmd(features, y, groups)
+        penalty = baselines.irm(logits, y, groups) if config.method == "irm" else baselines.rex(logits, y, groups)
+        return (entropy + weight * penalty) / max(1.0, weight)
+
+    def _forward(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features before the head, and logits."""
         seen: list[Tensor] = []
         handle = self._method.head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         logits = model(x)
         handle.remove()
-        losses = F.cross_entropy(logits, y, reduction="none")
-        sides = [losses[groups == g].mean() for g in (0, 1) if bool((groups == g).any())]
-        entropy = torch.stack(sides).mean()
-        if config.method == "cmmd":
-            return entropy + config.weight * baselines.cmmd(seen[0], y, groups)
-        penalty = baselines.irm(logits, y, groups) if config.method == "irm" else baselines.rex(logits, y, groups)
-        return (entropy + config.weight * penalty) / max(1.0, config.weight)
+        return seen[0], logits
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         from outlast.robust import collect_features, infer_groups
@@ -195,7 +210,7 @@ class _Trainer:
 def _network(config: Coloured) -> nn.Module:
     from outlast.studies._models import pooled_conv
 
-    return pooled_conv(config.width, config.side == 28, 9)
+    return pooled_conv(config.width, last_pool=config.side == 28, num_classes=9)
 
 
 def _data(config: Coloured, context: Context) -> dict[str, Any]:
@@ -269,6 +284,20 @@ def _gain(arm: str, over: str, metric: str, setting: str | None = None) -> Calla
     return lambda results, seed: results.value(arm, metric, seed, setting) - results.value(over, metric, seed, setting)
 
 
+_WEIGHTS = {0.0: "balanced", 1.0: "pgi-1", 3.0: "pgi-3", 10.0: "pgi", 30.0: "pgi-30"}
+
+
+def _chosen(setting: str) -> Callable[[Results, int], float]:
+    def measure(results: Results, seed: int) -> float:
+        from outlast.robust import GroupInvariance
+
+        curve = {weight: results.value(arm, "validation", seed, setting) / 100.0 for weight, arm in _WEIGHTS.items()}
+        arm = _WEIGHTS[GroupInvariance.choose_weight(curve)]
+        return _gain(arm, "erm", "systematic", setting)(results, seed)
+
+    return measure
+
+
 def _mean(results: Results, arm: str, metric: str) -> float:
     values = results.values(arm, metric)
     return sum(values) / len(values)
@@ -306,7 +335,7 @@ _PART = Part(
     arms=(
         Arm("erm", "plain training", "baseline"),
         Arm("balanced", "balanced cross-entropy, inferred groups", "baseline", {"method": "balanced"}),
-        Arm("pgi", "invariance penalty, weight 10", "method", {"method": "pgi"}),
+        Arm("pgi", "invariance penalty", "method", {"method": "pgi"}),
         Arm("pgi-1", "invariance penalty, weight 1", "ablation", {"method": "pgi", "weight": 1.0}),
         Arm("pgi-3", "invariance penalty, weight 3", "ablation", {"method": "pgi", "weight": 3.0}),
         Arm("pgi-30", "invariance penalty, weight 30", "ablation", {"method": "pgi", "weight": 30.0}),
@@ -315,11 +344,11 @@ _PART = Part(
         Arm("pgi-eiil", "invariance penalty, groups of EIIL", "ablation", {"method": "pgi", "split": "eiil"}),
         Arm("pgi-error", "invariance penalty, misclassified as group 1", "ablation", {"method": "pgi", "split": "error"}),
         Arm("pgi-attached", "invariance penalty, head not detached", "ablation", {"method": "pgi", "detach": False}),
-        Arm("irm", "IRM, weight 10", "baseline", {"method": "irm"}),
-        Arm("rex", "REx, weight 10", "baseline", {"method": "rex"}),
-        Arm("reweight", "reweighting, weight 10", "baseline", {"method": "reweight"}),
+        Arm("irm", "IRM, weight 10", "baseline", {"method": "irm", "weight": 10.0}),
+        Arm("rex", "REx, weight 10", "baseline", {"method": "rex", "weight": 10.0}),
+        Arm("reweight", "reweighting, weight 10", "baseline", {"method": "reweight", "weight": 10.0}),
         Arm("dro", "group DRO", "baseline", {"method": "dro"}),
-        Arm("cmmd", "class-conditional MMD, weight 10", "baseline", {"method": "cmmd"}),
+        Arm("cmmd", "class-conditional MMD, weight 10", "baseline", {"method": "cmmd", "weight": 10.0}),
     ),
     metrics=(
         Metric("in", "In distribution", "%", "higher"),
@@ -375,6 +404,17 @@ _PART = Part(
             unit="points",
             scales=("quick", "standard"),
         ),
+        *(
+            Claim(
+                f"chosen-{setting}",
+                f"The weight that validation without shifted data chooses is at least 20 points above plain training ({title})",
+                _chosen(setting),
+                20.0,
+                unit="points",
+                scales=("standard",),
+            )
+            for setting, title in (("digits", "digits"), ("clothes", "clothes"))
+        ),
         Claim(
             "stale",
             "Groups from stale BatchNorm statistics cost at least 20 points under systematic shift",
@@ -394,7 +434,10 @@ _PART = Part(
     ),
     figures=(Figure("shifts", "Plain training takes the colour; the penalty takes the shape", _describe_shifts, _draw_shifts),),
     deviations=(
-        "Quick and standard scale: 16, 32 and 64 channels, 6,300 images of 14x14, 15 epochs; the paper 64 to 256, 45,000 of 28x28, 30 epochs.",
+        "Quick and standard: 16, 32 and 64 channels, 6,300 images of 14x14, 15 epochs; the paper 64 to 256, 45,000 of 28x28, 30 epochs.",
+        "Weight 10 comes from a prototype that looked at shifted images; standard scale also chooses the weight by validation.",
+        "IRM takes the product of two half batches, the MMD the classes of the batch. Baselines have one weight, with the penalty's ramp.",
+        "The paper scale takes 70 % of the nine digits (37,900 images) where the paper has 45,068.",
         "COCO-on-Colours and COCO-on-Places need COCO and Places and are not built.",
         "Groups come from recalibrated BatchNorm statistics after two epochs (the authors': after one, as they stand).",
     ),

@@ -109,7 +109,8 @@ def adversarial_bound(
     )
     scale = max(1.0, abs(quadratic))
     violations: dict[str, float] = {}
-    if float(mean.abs().max()) > _TOLERANCE * max(float(x.abs().max()), 1e-300):
+    rounding = 4.0 * torch.finfo(X.dtype).eps  # of a mean that was subtracted in that precision
+    if float(mean.abs().max()) > max(_TOLERANCE, rounding) * max(float(x.abs().max()), 1e-300):
         violations["not centred"] = float(mean.abs().max())
     wrong = int(((2.0 * Y - 1.0) * out < 0.0).sum())
     if wrong:
@@ -187,8 +188,8 @@ def _radius(eta: Tensor | float, out: Tensor) -> Tensor:
 
 def _outputs_and_gradients(rows: Rows, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits ``(n,)``, their gradients with respect to the inputs ``(n, d)``, targets ``(n,)``."""
-    x = rows.X.detach().requires_grad_()
-    with rows.measured(), torch.enable_grad():
+    with torch.inference_mode(False), rows.measured(), torch.enable_grad():
+        x = rows.X.detach().clone().requires_grad_()
         out = rows(x)
         Y = targets(Loss("bce"), y, out.detach())
         (grad,) = torch.autograd.grad(out.sum(), x, materialize_grads=True)

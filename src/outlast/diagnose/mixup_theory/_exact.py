@@ -166,7 +166,8 @@ def _forward(
     device = rows.X.device
 
     def part(share: float, i: Tensor, j: Tensor) -> Tensor:
-        out = rows(torch.lerp(rows.X[j], rows.X[i], share))
+        with rows.measured():  # also when it is computed again in the backward pass, long after the first
+            out = rows(torch.lerp(rows.X[j], rows.X[i], share))
         label = torch.lerp(Y[j], Y[i], share) if form == "mixed" else Y[i]
         return loss.value(out, label).sum()
 

@@ -59,6 +59,8 @@ def glm_penalty(
     if float(x.mean(0).abs().max()) > 1e-6 * max(float(x.abs().max()), 1e-300):
         warnings.warn("X is not centred, which the penalty supposes: subtract its mean", OutlastWarning, stacklevel=2)
     out = x @ wide
+    if math.isinf(c):
+        return torch.full((), math.inf, dtype=torch.float64, device=out.device)
     return 0.5 * curvature(family, out).mean() * c * out.square().mean()
 
 

@@ -103,8 +103,11 @@ def targets(loss: Loss, y: Tensor, outputs: Tensor) -> Tensor:
         TypeError: floating-point class ids.
     """
     n = len(outputs)
-    if len(y) != n:
-        raise ValueError(f"X has {n} rows, y has {len(y)}")
+    y = torch.as_tensor(y, device=outputs.device)
+    if y.ndim == 0 or len(y) != n:
+        raise ValueError(f"X has {n} rows, y has shape {tuple(y.shape)}")
+    if outputs.ndim == 1 and y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
     if loss.name == "ce":
         if outputs.ndim != 2:
             raise ValueError(f'loss="ce" needs logits (n, C), the model gives {tuple(outputs.shape)}')
@@ -132,6 +135,8 @@ class Rows:
             raise TypeError(f"X must be a floating-point tensor, got {getattr(X, 'dtype', type(X).__name__)}")
         if X.ndim < 2 or len(X) == 0 or X[0].numel() == 0:
             raise ValueError(f"X must be (n, d...) and not empty, got shape {tuple(X.shape)}")
+        if not bool(torch.isfinite(X).all()):
+            raise ValueError("X must be finite")
         self.shape = X.shape[1:]
         self.dtype = X.dtype if dtype is None else dtype
         self.X = X.to(self.dtype).flatten(1)

@@ -34,7 +34,8 @@ class MixupTerms(Result):
         exact: the exact mixup loss over the same pairs; None if it was not asked for.
         rel_error: error of ``R1 + R2 + R3`` relative to ``exact - standard``; None likewise. About 0.1 at logits of order 1,
             above 1 at large ones: the theory describes models of small or moderate confidence.
-        stderr: standard errors of R1, R2, R3 and their sum over random pairs; zeros for all pairs.
+        stderr: standard errors of R1, R2, R3 and their sum over random pairs, taken as independent (an upper estimate, since
+            every sample occurs equally often); zeros for all pairs.
     """
 
     standard: float
