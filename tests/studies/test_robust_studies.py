@@ -122,3 +122,15 @@ def test_baselines_are_their_formulas():
     torch.testing.assert_close(value, q_expected[0] * risks[0] + q_expected[1] * risks[1])
     same = torch.randn(10, 4, generator=rng(2)).repeat(2, 1)
     assert float(baselines.cmmd(same, torch.zeros(20, dtype=torch.int64), groups)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_penalty_beats_plain_training_by_half_of_what_is_claimed(cold):
+    quick = GROUPS.parts[0].scales["quick"]
+    found = {}
+    for name in ("erm", "balanced", "pgi"):
+        config = Coloured(**quick.changes, **GROUPS.parts[0].arm(name).changes)
+        found[name] = coloured_cell(config, 0, context()).metrics
+    assert found["pgi"]["systematic"] - found["erm"]["systematic"] >= 10.0
+    assert found["pgi"]["systematic"] - found["balanced"]["systematic"] >= 5.0
+    assert found["pgi"]["in"] - found["erm"]["in"] >= -6.0
+    assert found["pgi"]["ap_unseen"] - found["erm"]["ap_unseen"] >= 10.0
