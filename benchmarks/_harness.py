@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -30,10 +31,12 @@ class Row:
 
 
 def medians(rivals: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3) -> dict[str, float]:
-    """Median milliseconds of each rival; they take turns, so that a slow moment of the machine hits all."""
+    """Median milliseconds of each rival; they take turns in random order, so that a slow moment of the machine hits all."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
+    order, shuffle = list(rivals.items()), random.Random(0)
     for repeat in range(repeats + warmup):
-        for name, call in rivals.items():
+        shuffle.shuffle(order)  # what ran before leaves the memory in another state
+        for name, call in order:
             start = time.perf_counter()
             call()
             if repeat >= warmup:

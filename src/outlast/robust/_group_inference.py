@@ -207,7 +207,8 @@ def infer_groups(
     with torch.inference_mode(False):  # features often come from there
         f, z = (values.detach().to("cpu", torch.float32, copy=True) for values in (features, logits))
         y = labels.detach().to("cpu", torch.int64, copy=True)
-    losses = F.cross_entropy(z, y, reduction="none")
+    log_probs = z.log_softmax(1)
+    losses = -log_probs.gather(1, y[:, None])[:, 0]
     accuracy = float((z.argmax(1) == y).double().mean())
     _warn_about_reference(accuracy, float(losses.mean()), z.shape[1])
     members = {c: (y == c).nonzero()[:, 0] for c in y.unique().tolist()}
@@ -226,7 +227,7 @@ def infer_groups(
                 f"restarts agree little on the groups (Cohen's kappa {stability:.2f}): the split may be noise", OutlastWarning, stacklevel=2
             )
     elif method == "eiil":
-        values = ((z.softmax(1) - F.one_hot(y, z.shape[1])) * z).sum(1)
+        values = (log_probs.exp() * z).sum(1) - z.gather(1, y[:, None])[:, 0]  # of (softmax - one-hot) . z
         scores = (values > 0).float()
         groups = scores.long()
         if float(losses[groups == 1].mean()) < float(losses[groups == 0].mean()):  # the optimum is the same with both groups exchanged
@@ -239,7 +240,7 @@ def infer_groups(
     elif method == "error":
         groups = (z.argmax(1) != y).long()
         scores = groups.float()
-    entries = tuple(_class_split(c, own, groups, losses, objectives.get(c, math.nan), reasons[c]) for c, own in members.items())
+    entries = _class_splits(y, groups, losses, objectives, reasons)
     for entry in entries:
         if not entry.split:
             groups[members[entry.label]], scores[members[entry.label]] = 0, 0.0
@@ -395,8 +396,9 @@ def _check_inputs(features: Tensor, logits: Tensor, labels: Tensor) -> None:
         raise ValueError("logits have one class: there is nothing to predict")
     if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
         raise ValueError(f"labels must be in [0, {logits.shape[1]}), got {int(labels.min())} to {int(labels.max())}")
-    if not bool(torch.isfinite(features).all()) or not bool(torch.isfinite(logits).all()):
-        raise ValueError("features and logits must be finite")
+    for values in (features, logits):  # a sum is cheap; it is not finite for large finite values either
+        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+            raise ValueError("features and logits must be finite")
 
 
 def _warn_about_reference(accuracy: float, loss: float, classes: int) -> None:
@@ -418,13 +420,21 @@ def _unsplittable(features: Tensor, losses: Tensor, method: str) -> str:
     return "all losses equal" if bool((losses == losses[0]).all()) else ""
 
 
-def _class_split(label: int, own: Tensor, groups: Tensor, losses: Tensor, objective: float, reason: str) -> ClassSplit:
-    one = groups[own] == 1
-    sizes = int((~one).sum()), int(one.sum())
-    if reason or 0 in sizes:
-        mean = float(losses[own].mean())
-        return ClassSplit(label, (len(own), 0), (mean, math.nan), objective, False, reason or "all examples fell in one group")
-    return ClassSplit(label, sizes, (float(losses[own][~one].mean()), float(losses[own][one].mean())), objective, True)
+def _class_splits(
+    y: Tensor, groups: Tensor, losses: Tensor, objectives: dict[int, float], reasons: dict[int, str]
+) -> tuple[ClassSplit, ...]:
+    sizes = torch.bincount(2 * y + groups, minlength=2 * (max(reasons) + 1)).reshape(-1, 2).tolist()
+    sums = torch.bincount(2 * y + groups, weights=losses.double(), minlength=2 * (max(reasons) + 1)).reshape(-1, 2).tolist()
+    found: list[ClassSplit] = []
+    for label, reason in reasons.items():
+        (n0, n1), (s0, s1), objective = sizes[label], sums[label], objectives.get(label, math.nan)
+        if reason or 0 in (n0, n1):
+            mean = (s0 + s1) / (n0 + n1)
+            reason = reason or "all examples fell in one group"
+            found.append(ClassSplit(label, (n0 + n1, 0), (mean, math.nan), objective, False, reason))
+        else:
+            found.append(ClassSplit(label, (n0, n1), (s0 / n0, s1 / n1), objective, True))
+    return tuple(found)
 
 
 # ---- the partition network, for all classes and restarts at once ---------------------------------------------------------------

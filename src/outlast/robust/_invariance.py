@@ -20,6 +20,7 @@ from outlast.errors import OutlastWarning
 
 Divergence = Literal["kl", "reverse_kl", "js"]
 Reduction = Literal["mean", "sum", "none"]
+_FEW = 128  # classes of which a table is cheaper than finding out which of them matter
 _warned: set[str] = set()
 
 
@@ -72,36 +73,36 @@ def invariance_penalty(
     labels, groups = _check(logits, labels, groups, groups_count)
     K = logits.shape[1]
     slots = torch.where(groups < 0, K * groups_count, labels * groups_count + groups)  # one more for unknown groups
-    counts = torch.zeros(K * groups_count + 1, device=logits.device, dtype=torch.float32)
-    counts = counts.index_add(0, slots, torch.ones_like(slots, dtype=torch.float32))
+    host = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if host:
+        counts = torch.bincount(slots, minlength=K * groups_count + 1).float()
+    else:
+        counts = torch.zeros(K * groups_count + 1, device=logits.device, dtype=torch.float32)
+        counts = counts.index_add(0, slots, torch.ones_like(slots, dtype=torch.float32))
     shared, team = process_group != "local" and world_size() > 1, cast("Any", process_group)
     if shared:
         torch.distributed.all_reduce(counts, group=team)
     counts = counts[:-1].reshape(K, groups_count)
     present = counts >= least
     both = present[:, 0] & present[:, 1:].any(1)
-    compiled = torch.compiler.is_compiling()
-    if compiled or logits.device.type != "cpu":
-        kept, rows = torch.arange(K, device=logits.device), slice(None)  # fixed shapes
-    else:
+    if host and not bool(both.any()):
+        _warn_once("no class of the batch has examples of both groups, so the penalty is 0; use larger batches or balanced_sampler")
+    kept: Tensor | None = None
+    if host and K > _FEW:  # a table of all classes would be mostly empty
         kept = both.nonzero()[:, 0]
         rows = (both[labels] & (groups >= 0)).nonzero()[:, 0]
-        if len(kept) == 0:
-            _warn_once("no class of the batch has examples of both groups, so the penalty is 0; use larger batches or balanced_sampler")
-    place = torch.full((K,), len(kept), device=logits.device).index_copy(0, kept, torch.arange(len(kept), device=logits.device))
-    probs = _wide(logits[rows]).softmax(1)
-    slots = place[labels[rows]] * groups_count + groups[rows]
-    slots = torch.where(groups[rows] < 0, len(kept) * groups_count, slots)
-    sums = probs.new_zeros(len(kept) * groups_count + 1, K).index_add(0, slots, probs)[:-1]
+        place = torch.zeros(K, dtype=torch.int64).index_copy(0, kept, torch.arange(len(kept)))
+        slots = place[labels[rows]] * groups_count + groups[rows]
+        logits, counts, present, both = logits.index_select(0, rows), counts[kept], present[kept], both[kept]
+    probs = _wide(logits).softmax(1)
+    sums = probs.new_zeros(len(counts) * groups_count + 1, K).index_add(0, slots, probs)[:-1]
     if shared:
         sums = differentiable_sum(sums, team)
-    sizes = counts[kept].clamp(min=1.0).reshape(-1, 1).to(sums)
-    means = (sums / sizes).clamp(eps, 1.0 - eps).reshape(len(kept), groups_count, K)
-    reference, others = means[:, :1], means[:, 1:]
-    each = _divergence(others, reference, divergence) * (present[kept, 1:] & both[kept, None])
+    means = (sums / counts.clamp(min=1.0).reshape(-1, 1).to(sums)).clamp(eps, 1.0 - eps).reshape(-1, groups_count, K)
+    each = _divergence(means[:, 1:], means[:, :1], divergence) * (present[:, 1:] & both[:, None])
     found = each.sum(1) / (groups_count - 1)
     if reduction == "none":
-        return found.new_zeros(K).index_copy(0, kept, found)
+        return found if kept is None else found.new_zeros(K).index_copy(0, kept, found)
     return found.sum() if reduction == "sum" else found.sum() / K
 
 
@@ -247,9 +248,10 @@ def _check(logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int) -> t
     labels, groups = labels.long(), groups.long()
     if torch.compiler.is_compiling():
         return labels, groups
-    if not bool(torch.isfinite(logits.detach()).all()):
+    if not bool(torch.isfinite(logits.detach().sum())) and not bool(torch.isfinite(logits.detach()).all()):
         raise ValueError("logits are not finite")
     for name, values, low, high in (("labels", labels, 0, logits.shape[1]), ("groups", groups, -1, num_groups)):
-        if bool(((values < low) | (values >= high)).any()):
-            raise ValueError(f"{name} must be in [{low}, {high}), got {int(values.min())} to {int(values.max())}")
+        least, most = (int(value) for value in values.aminmax())
+        if least < low or most >= high:
+            raise ValueError(f"{name} must be in [{low}, {high}), got {least} to {most}")
     return labels, groups

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -136,7 +136,7 @@ class _BatchMix(nn.Module):
         return self._draw(_checks.integer("size", size, low=1), self._stream())
 
     def _draw(self, size: int, stream: torch.Generator) -> Mix:
-        with torch.device("cpu"):
+        with _on_the_processor():
             return self._draw_here(size, stream)
 
     def _draw_here(self, size: int, stream: torch.Generator) -> Mix:
@@ -192,7 +192,7 @@ class _BatchMix(nn.Module):
         mixed, mix = self._mix([leaves[place] for place in places], mix, self._alone(mix, target), stream)
         for place, x in zip(places, mixed, strict=True):
             leaves[place] = x
-        done = self.mix_targets(target, mix)
+        done = self._mix_targets(target, mix)
         return tree_unflatten([done if leaf is target else leaf for leaf in leaves], structure)
 
     def _mix(self, inputs: list[Tensor], mix: Mix, alone: Tensor | None, stream: torch.Generator) -> tuple[list[Tensor], Mix]:
@@ -242,9 +242,12 @@ class _BatchMix(nn.Module):
             y: class ids ``(B,)``, probabilities, multi-hot labels or values ``(B, C)``, values ``(B,)``; any shape for pairs.
             mix: from :meth:`draw`.
         """
+        self._check_labels(y)
+        return self._mix_targets(y, mix)
+
+    def _mix_targets(self, y: Tensor, mix: Mix) -> Tensor | MixedTarget:
         if self.labels == "hard":
             return y
-        self._check_labels(y)
         dtype = y.dtype if y.is_floating_point() and y.element_size() >= 4 else torch.float32
         lam = mix.lam.to(y.device, dtype, non_blocking=True)
         index = mix.partner.to(y.device, non_blocking=True)
@@ -384,7 +387,7 @@ class CutMix(_BatchMix):
         sizes = inputs[0].shape[min(2, inputs[0].ndim - 1) :]
         if not sizes or any(x.shape[min(2, x.ndim - 1) :] != sizes for x in inputs):
             raise ValueError(f"CutMix cuts one box out of all inputs, got shapes {', '.join(str(tuple(x.shape)) for x in inputs)}")
-        with torch.device("cpu"):
+        with _on_the_processor():
             low, high = self._boxes(mix.lam, sizes, stream)
         share = torch.stack([end - begin for begin, end in zip(low, high, strict=True)]).prod(0).double() / math.prod(sizes)
         lam = torch.where(mix.lam == 1.0, 1.0, 1.0 - share)  # 1: not drawn
@@ -518,6 +521,11 @@ def _interpolate(x: Tensor, mix: Mix, pairing: str, *, inplace: bool) -> Tensor:
     if inplace:
         return x.copy_(other.lerp_(wide, weight)) if half else x.lerp_(other, 1.0 - weight)
     return other.lerp_(wide, weight).to(x.dtype)
+
+
+def _on_the_processor() -> AbstractContextManager[Any]:
+    """Draws are made there, whatever the default device is."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _left_alone(mix: Mix, alone: Tensor | None) -> Mix:
