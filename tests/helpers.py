@@ -569,4 +569,7 @@ def invariance_run(rank: int, count: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reference is a toy
         partition = method.infer([(x[own], y[own], torch.arange(24)[own])], method="loss")
-    return {"penalty": penalty.detach(), "entropy": whole / count, "grads": grads / count, "groups": partition.groups}
+        normed = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        GroupInvariance(normed, head="2", ramp_steps=1).infer([(x[own], y[own], torch.arange(24)[own])], method="loss")
+    result = {"penalty": penalty.detach(), "entropy": whole / count, "grads": grads / count, "groups": partition.groups}
+    return result if count == 1 else {**result, "statistics": normed[1].running_mean}

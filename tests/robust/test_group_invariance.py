@@ -159,7 +159,6 @@ def test_compiled_penalty_has_one_graph():
     assert len(graphs) == 1
 
 
-@pytest.mark.peer
 def test_differs_from_a_port_that_is_wrong():
     """SpuCo's loss takes the last class alone and gives KL probabilities for log-probabilities: the value that it shows is negative."""
     logits, labels, groups = batch(60, 4)
@@ -208,7 +207,9 @@ def test_balanced_cross_entropy(weight, smoothing):
 @pytest.mark.filterwarnings("ignore::outlast.errors.OutlastWarning")  # the reference is a toy
 def test_two_processes_are_one(tmp_path):
     alone = invariance_run(0, 1)
-    for result in in_processes(invariance_run, tmp_path):
+    results = in_processes(invariance_run, tmp_path)
+    assert torch.equal(results[0]["statistics"], results[1]["statistics"])
+    for result in results:
         for name, value in alone.items():
             torch.testing.assert_close(result[name], value, rtol=0, atol=1e-6, msg=name)
 

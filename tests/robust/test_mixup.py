@@ -328,6 +328,15 @@ def test_beside_torchvision_and_its_tensors():
         MixUp(num_classes=4)({"image": tv.Image(images()), "mask": tv.Mask(torch.zeros(6, 8, 8)), "label": classes()})
 
 
+def test_what_is_no_batch_of_numbers_is_refused():
+    tv = pytest.importorskip("torchvision.tv_tensors")
+    pictures = pytest.importorskip("PIL.Image")
+    boxes = tv.BoundingBoxes(torch.zeros(6, 4), format="XYXY", canvas_size=(8, 8))
+    for entry in (pictures.new("L", (8, 8)), boxes):
+        with pytest.raises(TypeError, match="cannot be mixed"):
+            CutMix(num_classes=4)({"image": images(), "other": entry, "label": classes()})
+
+
 def test_transform_travels():
     mixup = pickle.loads(pickle.dumps(MixUp(0.3, num_classes=4, generator=rng(0))))
     assert mixup.alpha == 0.3

@@ -275,9 +275,18 @@ def collect_features(
 
 
 def collect(
-    model: nn.Module, loader: Iterable[Any], *, head: str | nn.Module, recalibrate_batchnorm: bool, device: torch.device | str | None
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    head: str | nn.Module,
+    recalibrate_batchnorm: bool,
+    device: torch.device | str | None,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As :func:`collect_features`, with the numbers of the examples where batches end in them."""
+    """As :func:`collect_features`, with the numbers of the examples where batches end in them.
+
+    ``together``: all processes take part, and go on with the first one's statistics.
+    """
     bare = unwrapped(model)
     layer = find_head(bare, head)
     place = device_of(bare, device)
@@ -289,7 +298,8 @@ def collect(
 
     if recalibrate_batchnorm and any(is_batch_norm(module) and has_running_statistics(module) for module in bare.modules()):
         recalibrate(bare, (inputs(batch) for batch in loader))
-        spread_buffers(bare)  # processes see other parts of the data
+        if together:
+            spread_buffers(bare)  # processes see other parts of the data
     seen: list[Tensor] = []
     handle = catch(layer, seen)
     columns: list[tuple[Tensor, ...]] = []

@@ -127,8 +127,8 @@ class GroupInvariance:
         """Infer groups from the model as it is, and use them from the next step on.
 
         Args:
-            loader: batches ``(inputs, labels, numbers)`` with the evaluation transform, over ``outlast.data.Indexed``. With several
-                processes each may have its part.
+            loader: batches ``(inputs, labels, numbers)`` with the evaluation transform, over ``outlast.data.Indexed``. Of several
+                processes each must call this and may have its part; recalibrated statistics are the first one's.
             recalibrate_batchnorm: as in :func:`collect_features`.
             device: likewise.
             options: for :func:`infer_groups`.
@@ -140,7 +140,7 @@ class GroupInvariance:
             ValueError: batches without numbers; as :func:`collect_features` and :func:`infer_groups`.
         """
         features, logits, labels, numbers = collect(
-            self.model, loader, head=self._head_given, recalibrate_batchnorm=recalibrate_batchnorm, device=device
+            self.model, loader, head=self._head_given, recalibrate_batchnorm=recalibrate_batchnorm, device=device, together=True
         )
         if numbers is None:
             raise ValueError("the loader gives no numbers of the examples; wrap its data set in outlast.data.Indexed")
