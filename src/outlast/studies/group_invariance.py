@@ -313,7 +313,7 @@ def _draw_shifts(figure: Any, results: Results) -> None:
         axes.bar([x + 0.27 * place for x in range(len(arms))], [_mean(results, arm, metric) for arm in arms], 0.25, label=title)
     axes.set_xticks([x + 0.27 for x in range(len(arms))], [_PART.arm(arm).title for arm in arms], rotation=20, ha="right")
     axes.set_ylabel("accuracy (%)")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)
 
 
 def _describe_shifts(results: Results) -> str:

@@ -202,7 +202,7 @@ _PART = Part(
             unit="points",
         ),
     ),
-    figures=(Figure("attacks", "Mixup helps against small attacks and not against large ones", _describe_attacks, _draw_attacks),),
+    figures=(Figure("attacks", "Accuracy against the size of the attack", _describe_attacks, _draw_attacks),),
     deviations=(
         "A small network on 4,000 images of Fashion-MNIST; the paper's wide networks on SVHN and CIFAR do not fit: no paper scale.",
         "The paper prints figures, no tables; its alpha is not known to us, the study takes 1.",

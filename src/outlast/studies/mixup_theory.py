@@ -223,18 +223,20 @@ def _largest_distance(results: Results, seed: int) -> float:
 
 def _draw_moons(figure: Any, results: Results) -> None:
     axes = figure.subplots(1, 3)
+    names = {"exact": "exact", "approximate": "approximate", "standard": "plain"}
     for ax, setting in zip(axes[:2], ("logistic", "relu"), strict=True):
-        for arm, style in (("exact", "-"), ("approximate", "--"), ("standard", ":")):
-            for name in ("exact", "approximate"):
-                ax.plot(results.series(arm, name, results.seeds[0], setting), style, label=f"{name} loss, {arm} minimised")
-        axes[2].plot(results.series("exact", "R", results.seeds[0], setting), label=f"{setting}, exact minimised")
+        for arm, title in names.items():
+            ax.plot(results.series(arm, "exact", results.seeds[0], setting), label=f"exact loss, {title} minimised")
+        ax.plot(results.series("exact", "approximate", results.seeds[0], setting), label="approximate loss, exact minimised")
+        axes[2].plot(results.series("exact", "R", results.seeds[0], setting), label=f"angle, {setting}, exact minimised")
         ax.set_title(setting)
         ax.set_xlabel("tenths of training")
-    axes[0].set_ylabel("loss")
-    axes[0].legend(fontsize="x-small")
-    axes[2].set_title("mean |cos(gradient, input)|")
+        ax.set_ylim(0.2, 1.2)
+    axes[2].set_title("mean |cos|")
+    axes[2].set_xlabel("tenths of training")
     axes[2].set_ylim(0.0, 1.0)
-    axes[2].legend(fontsize="x-small")
+    lines = [*axes[0].get_lines(), *axes[2].get_lines()]
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=2, fontsize="small")
 
 
 def _describe_moons(results: Results) -> str:
@@ -306,7 +308,14 @@ _MOONS = Part(
             digits=4,
         ),
     ),
-    figures=(Figure("losses", "Exact and approximate mixup loss over training", _describe_moons, _draw_moons),),
+    figures=(
+        Figure(
+            "losses",
+            "Exact and approximate mixup loss over training, and the angle between gradient and input",
+            _describe_moons,
+            _draw_moons,
+        ),
+    ),
     scales={
         "quick": Scale(
             arms=("exact", "approximate", "standard"),
