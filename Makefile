@@ -16,7 +16,7 @@ demo: ## Run every study at quick scale and write one report
 test: ## Run the tests
 	@tools/setup.sh $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered \
-	  --jaxtyping-packages=outlast.data,outlast._core,outlast.diagnose,outlast.adapt,outlast.continual,outlast.multitask,outlast.fewshot,outlast.robust._invariance,outlast.robust._group_inference,shape_checker.arrays_only $(ARGS)
+	  --jaxtyping-packages=outlast.data,outlast._core,outlast.diagnose,outlast.adapt,outlast.continual,outlast.multitask,outlast.fewshot,outlast.attention._favor,outlast.attention._rfa,outlast.attention._error,outlast.robust._invariance,outlast.robust._group_inference,shape_checker.arrays_only $(ARGS)
 
 lint: ## Check style, types and the direction of imports
 	@tools/setup.sh $(DEV)

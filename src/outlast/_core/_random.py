@@ -1,10 +1,11 @@
-"""Seeds that are functions of (seed, name, index), so that any draw can be repeated on its own."""
+"""Seeds that are functions of (seed, name, index), so that any draw can be repeated on its own, and orthogonal draws."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
+from torch import Tensor
 
 
 def derived_seed(seed: int, name: str, index: int = 0) -> int:
@@ -19,3 +20,24 @@ def derived_seed(seed: int, name: str, index: int = 0) -> int:
 def generator(seed: int, name: str, index: int = 0, *, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator seeded with :func:`derived_seed`."""
     return torch.Generator(device=device).manual_seed(derived_seed(seed, name, index))
+
+
+def haar_orthogonal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Orthogonal matrices, uniform (Haar) on the orthogonal group; the last two of ``shape`` are equal.
+
+    LAPACK fixes signs in its QR factorisation, so its Q alone is not uniform: an estimator that is not even in the rows, such as
+    positive random features, would be biased. Multiplying column j by the sign of R_jj makes the factorisation unique, hence Haar
+    (Mezzadri, 2007).
+    """
+    device = generator.device if generator is not None else None
+    q, r = torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=dtype, device=device))
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0).to(dtype)
+    return q * signs.unsqueeze(-2)
+
+
+def orthogonal_blocks(*shape: int, generator: torch.Generator | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Matrices of unit rows, shape ``(..., rows, d)``: rows are orthogonal within each block of d, blocks are independent."""
+    *leading, rows, d = shape
+    blocks = -(-rows // d)
+    stacked = haar_orthogonal(*leading, blocks, d, d, generator=generator, dtype=dtype).mT
+    return stacked.reshape(*leading, blocks * d, d)[..., :rows, :]
