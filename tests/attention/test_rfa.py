@@ -12,10 +12,12 @@ from quadratic_attention import features, quadratic, recurrent
 from torch.nn import functional as F
 
 import outlast.attention
-from outlast.attention import RandomFeatureAttention, parameter_groups, redraw_after_steps
+from outlast.attention import RandomFeatureAttention, redraw_after_steps, rfa_parameter_groups
+from outlast.attention._maps import MAPS as MAPS_OF
 from outlast.errors import OutlastWarning, StateError, UnsupportedError
 
 rfa_attention = inspect.unwrap(outlast.attention.rfa_attention)
+layer_forward, layer_step = (inspect.unwrap(method) for method in (RandomFeatureAttention.forward, RandomFeatureAttention.step))
 MAPS = ("gaussian", "arccos", "positive")
 
 
@@ -33,6 +35,10 @@ def unit(x):
     return x / x.norm(dim=-1, keepdim=True)
 
 
+def padded(mask):
+    return RandomFeatureAttention(8, 2)(torch.zeros(1, 5, 8), None, mask)
+
+
 # ---- 1 to 4: kernels ------------------------------------------------------------------------------------------------------
 
 
@@ -41,7 +47,8 @@ def test_gaussian_features_estimate_the_gaussian_kernel(tau, sigma):
     d, D, trials = 8, 4, 40_000
     x, y = (unit(torch.randn(d, generator=rng(i), dtype=torch.float64)) for i in (1, 2))
     W = torch.randn(trials, D, d, generator=rng(3), dtype=torch.float64) * sigma / tau
-    estimate = (features(x[None, None], W, "gaussian") * features(y[None, None], W, "gaussian")).sum((-1, -2))
+    fx, fy = (MAPS_OF["gaussian"].features(t[None, None].expand(trials, 1, d), W, 1.0, query=False).value for t in (x, y))
+    estimate = (fx * fy).sum((-1, -2))
     s2 = (tau / sigma) ** 2
     distance = (x - y).square().sum()
     assert estimate.mean() == pytest.approx(float(torch.exp(-distance / (2 * s2))), abs=0.01)
@@ -51,19 +58,18 @@ def test_gaussian_features_estimate_the_gaussian_kernel(tau, sigma):
 def test_arccos_features_estimate_the_arc_cosine_kernel():
     x, y = torch.tensor([1.0, 0.0, 0.5]).double(), torch.tensor([-0.4, 0.3, 0.0]).double()
     W = torch.randn(1, 400_000, 3, generator=rng(), dtype=torch.float64)
-    fx, fy = (features(t[None, None, None], W, "arccos")[0, 0, 0] for t in (x, y))
+    fx, fy, opposite = (MAPS_OF["arccos"].features(t[None, None], W, 1.0, query=False).value[0, 0] for t in (x, y, -x))
     t = torch.acos(x @ y / (x.norm() * y.norm()))
     expected = x.norm() * y.norm() * (t.sin() + (math.pi - t) * t.cos()) / (2 * math.pi)
     assert fx @ fy == pytest.approx(float(expected), rel=0.03)
     assert fx @ fx == pytest.approx(float(x.square().sum()) / 2, rel=0.02)
-    opposite = features(-x[None, None, None], W, "arccos")[0, 0, 0]
     assert fx @ opposite == 0.0
 
 
 def test_own_kernel_of_gaussian_features_is_one():
     q, _, _, W = problem()
-    f = features(unit(q), W, "gaussian")
-    assert torch.allclose(f.square().sum(-1), torch.ones(2, 3, 16, dtype=torch.float64))
+    f = MAPS_OF["gaussian"].features(unit(q[0]), W, 1.0, query=False).value
+    assert torch.allclose(f.square().sum(-1), torch.ones(3, 16, dtype=torch.float64))
 
 
 def test_many_features_give_softmax_of_cosines():
@@ -95,7 +101,7 @@ def test_gated_chunks_equal_the_recurrence(feature_map, chunk):
     fq, fk = (features(unit(x), W, feature_map) for x in (q, k))
     expected = recurrent(fq, fk, v, log_gate.exp())
     found = rfa_attention(q, k, v, is_causal=True, projection=W, feature_map=feature_map, log_gate=log_gate, chunk_size=chunk)
-    assert (found - expected).abs().max() < 1e-10
+    assert (found - expected).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -118,7 +124,8 @@ def test_gradcheck_with_the_temperature_and_the_gate(feature_map, gated):
             chunk_size=3,
             return_state=True,
         )
-        return out, state.S, state.z
+        factor = state.c.exp() if feature_map == "positive" else torch.ones_like(state.c)
+        return out, state.S * factor[..., None], state.z * factor
 
     assert torch.autograd.gradcheck(run, (q, k, v, sigma, logits if gated else logits.detach()))
 
@@ -153,16 +160,23 @@ def test_lengths_of_queries_and_keys_do_not_matter(causal):
         assert torch.allclose(one, rfa_attention(q, k[:, :, order], v[:, :, order], projection=W))
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_padding_equals_absence(gated):
+@pytest.mark.parametrize("gated", [None, False, True])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_padding_equals_absence(feature_map, gated):
+    """Causal with and without a gate, and (None) not causal; padding holds NaN."""
     q, k, v, W = problem(D=64)
+    causal = gated is not None
     log_gate = gates() if gated else None
     keep = torch.ones(2, 16, dtype=torch.bool)
     keep[0, [3, 4, 9]] = False
-    found = rfa_attention(q, k, v, keep, is_causal=True, projection=W, log_gate=log_gate, chunk_size=4)
+    dirty = [x.masked_fill(~keep[:, None, :, None], math.nan).requires_grad_() for x in (k, v)]
+    settings = {"is_causal": causal, "projection": W, "feature_map": feature_map}
+    found = rfa_attention(q, *dirty, keep, log_gate=log_gate, chunk_size=4, **settings)
     kept = [x[:1, :, keep[0]] for x in (q, k, v)]
-    expected = rfa_attention(*kept, is_causal=True, projection=W, log_gate=None if log_gate is None else log_gate[:1, :, keep[0]])
+    expected = rfa_attention(*kept, log_gate=None if log_gate is None else log_gate[:1, :, keep[0]], **settings)
     assert torch.allclose(found[:1, :, keep[0]], expected)
+    found.sum().backward()
+    assert all(x.grad.isfinite().all() for x in dirty)
 
 
 def test_later_keys_do_not_move_earlier_outputs():
@@ -176,11 +190,11 @@ def test_later_keys_do_not_move_earlier_outputs():
 # ---- 11: states -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize(("feature_map", "tau"), [("gaussian", 1.0), ("arccos", 1.0), ("positive", 1.0), ("positive", 0.02)])
 @pytest.mark.parametrize("gate", [False, True])
-def test_steps_segments_and_the_whole_agree(feature_map, gate):
+def test_steps_segments_and_the_whole_agree(feature_map, tau, gate):
     torch.manual_seed(0)
-    layer = RandomFeatureAttention(12, 3, 32, gate=gate, feature_map=feature_map).eval()
+    layer = RandomFeatureAttention(12, 3, 32, gate=gate, feature_map=feature_map, tau=tau).eval()
     x = torch.randn(2, 14, 12, generator=rng())
     whole = layer(x, is_causal=True)
     state = layer.init_state(2)
@@ -241,6 +255,25 @@ def test_gates_at_the_ends():
     assert torch.allclose(present, v)
 
 
+@pytest.mark.parametrize("logit", [30.0, 38.0, 50.0])
+def test_gates_near_1_keep_tiny_weights(logit):
+    """All weights are about exp(-logit): their ratio is that of the form without a gate."""
+    q, k, v, W = problem(D=64)
+    log_gate = F.logsigmoid(torch.full((2, 3, 16), logit, dtype=torch.float64))
+    found = rfa_attention(q, k, v, is_causal=True, projection=W, log_gate=log_gate)
+    assert torch.allclose(found, rfa_attention(q, k, v, is_causal=True, projection=W), atol=1e-8)
+
+
+def test_gated_positive_features_have_finite_gradients_where_logs_rise():
+    W = torch.tensor([[[30.0, 0.0]]])
+    q, k, v = (torch.randn(1, 1, 16, 2, generator=rng(i)) for i in range(3))
+    k[:, :, 0] = torch.tensor([-1.0, 0.0])
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = rfa_attention(*inputs, is_causal=True, projection=W, feature_map="positive", log_gate=torch.full((1, 1, 16), -0.1))
+    out.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
 def test_first_output_is_the_first_value_unless_clamped_as_officially():
     q, k, v, _ = problem(B=4, H=8, d=64)
     W = torch.randn(8, 64, 64, generator=rng(2), dtype=torch.float64)
@@ -271,16 +304,24 @@ def test_a_sharp_kernel_is_reported():
     x = torch.randn(2, 200, 64, generator=rng())
     mild = RandomFeatureAttention(64, 1, 64)
     sharp, arccos = (RandomFeatureAttention(64, 1, 64, tau=0.15, feature_map=kind) for kind in ("gaussian", "arccos"))
-    for layer in (mild, sharp, arccos):
-        layer(x, is_causal=True)
-    assert mild.denominators().clamped_share == 0.0
-    with pytest.warns(OutlastWarning, match="too small to divide by"):
-        report = sharp.denominators(warn_above=0.001)
+    assert mild.denominators(x, is_causal=True).clamped_share == 0.0
+    with pytest.warns(OutlastWarning, match="negative"):
+        report = sharp.denominators(x, is_causal=True)
     assert report.rows == 400
     assert report.negative_share > 0.1
-    assert arccos.denominators().negative_share == 0.0
-    with pytest.raises(StateError, match="no call since"):
-        sharp.denominators()
+    assert arccos.denominators(x, is_causal=True, warn_above=1.0).negative_share == 0.0
+    padding = torch.zeros(2, 200, dtype=torch.bool)
+    padding[:, :150] = True  # rows that see nothing are not counted
+    padded = mild.denominators(x, None, padding, True)
+    assert (padded.rows, padded.clamped_share) == (100, 0.0)
+    with pytest.raises(ValueError, match="no query sees a key"):
+        mild.denominators(x, None, ~torch.zeros_like(padding))
+    closed = RandomFeatureAttention(64, 1, 64, gate=True)
+    with torch.no_grad():
+        closed.gate_proj.weight.zero_()
+        closed.gate_proj.bias.fill_(200.0)
+    with pytest.warns(OutlastWarning, match="100.0 %"):
+        assert closed.denominators(x, is_causal=True).clamped_share == 1.0
 
 
 # ---- 14, 15: the layer ----------------------------------------------------------------------------------------------------
@@ -292,25 +333,27 @@ def test_layer_trains_its_temperature_and_keeps_it_from_decay():
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None
         assert name == "k_proj.bias" or parameter.grad.abs().sum() > 0
-    decayed, kept = parameter_groups(layer, 0.1)
+    decayed, kept = rfa_parameter_groups(layer, 0.1)
     assert [id(p) for p in kept["params"]] == [id(layer.sigma)]
     assert kept["weight_decay"] == 0.0
     assert len(decayed["params"]) == len(list(layer.parameters())) - 1
     fixed = RandomFeatureAttention(8, 2, learn_sigma=False)
     assert "sigma" in fixed.state_dict()
-    assert len(parameter_groups(fixed, 0.1)) == 1
+    assert len(rfa_parameter_groups(fixed, 0.1)) == 1
     reach = 1 / (1 - torch.sigmoid(layer.gate_proj.bias))
     assert torch.allclose(reach, torch.tensor([4.0, 256.0]), rtol=1e-3)
 
 
 def test_evaluation_keeps_its_vectors_and_training_draws_from_the_pool():
-    layer = RandomFeatureAttention(8, 2, 4, pool_size=3, seed=1)
+    layer, above = (RandomFeatureAttention(8, 2, 4, pool_size=5, seed=1, layer=index) for index in (0, 1))
     pool = set()
     for _ in range(12):
-        pool |= {tuple(head.flatten().tolist()) for head in layer.projection}
-        assert not torch.equal(layer.projection[0], layer.projection[1])
+        heads = [tuple(head.flatten().tolist()) for each in (layer, above) for head in each.projection]
+        assert len(set(heads)) == 4  # without replacement over the heads of all layers
+        pool |= set(heads)
         layer.redraw()
-    assert len(pool) == 3
+        above.redraw()
+    assert len(pool) == 5
     before = layer.eval()(torch.ones(1, 3, 8))
     layer.redraw()
     assert torch.equal(layer(torch.ones(1, 3, 8)), before)
@@ -348,6 +391,22 @@ def test_resumed_layers_go_on_with_the_same_vectors():
     layer.redraw()
     other.redraw()
     assert torch.equal(layer.projection, other.projection)
+
+
+def test_a_double_layer_is_double():
+    torch.manual_seed(0)
+    layer = RandomFeatureAttention(4, 2, 8, gate=True, causal=True).double()
+    x = torch.randn(1, 5, 4, generator=rng(), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_forward_leaves_no_trace():
+    torch.manual_seed(0)
+    layer = RandomFeatureAttention(8, 2, 4)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer(torch.randn(2, 9, 8, generator=rng()), is_causal=True)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert set(dict(layer.named_buffers())) <= set(before)
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -390,6 +449,8 @@ def test_autocast_keeps_norms_and_features_in_float32():
         ({"query": torch.zeros(2, 3, 4, 6)}, ValueError, "one query for each key"),
         ({"feature_map": "trig"}, ValueError, "feature_map must be one of"),
         ({"denominator": "abs"}, ValueError, "denominator must be one of"),
+        ({"denominator": "official", "feature_map": "positive"}, ValueError, "bounded maps"),
+        ({"log_gate": torch.zeros(2, 3, 16, dtype=torch.int64)}, TypeError, "log_gate"),
         ({"query": torch.zeros(2, 3, 16, 6, dtype=torch.int64)}, TypeError, "floating point"),
         ({"key": torch.zeros(2, 3, 16, 6, dtype=torch.float64)}, TypeError, "one dtype"),
         ({"dropout_p": 0.5}, UnsupportedError, "dropout"),
@@ -416,6 +477,19 @@ def test_states_of_other_shapes_are_refused():
         (lambda: RandomFeatureAttention(8, 2, tau=0.0), ValueError, "tau"),
         (lambda: RandomFeatureAttention(8, 2, 0), ValueError, "num_features"),
         (lambda: RandomFeatureAttention(8, 4, pool_size=3), ValueError, "pool_size"),
+        (lambda: RandomFeatureAttention(8, 4, pool_size=7, layer=1), ValueError, "pool_size must be at least 8"),
+        (lambda: layer_forward(RandomFeatureAttention(8, 2), torch.zeros(5, 8)), ValueError, "x must have shape"),
+        (
+            lambda: RandomFeatureAttention(8, 2)(torch.zeros(1, 5, 8), None, torch.zeros(1, 5, dtype=torch.int64)),
+            TypeError,
+            "key_padding_mask",
+        ),
+        (
+            lambda: RandomFeatureAttention(8, 2)(torch.zeros(1, 5, 8), None, torch.zeros(1, 4, dtype=torch.bool)),
+            ValueError,
+            "key_padding_mask",
+        ),
+        (lambda: layer_step(RandomFeatureAttention(8, 2), torch.zeros(2, 1, 8), None), ValueError, "one position"),
         (lambda: RandomFeatureAttention(8, 2, gate=True, causal=False), ValueError, "causal"),
         (lambda: RandomFeatureAttention(8, 2, gate=True)(torch.zeros(1, 3, 8)), ValueError, "is_causal=True"),
         (lambda: RandomFeatureAttention(8, 2, gate=True).summarize(torch.zeros(1, 3, 8)), ValueError, "is_causal=True"),

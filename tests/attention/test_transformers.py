@@ -138,6 +138,29 @@ def test_exact_attention_can_be_brought_back():
         assert torch.equal(model(ids)[0], before)
 
 
+def test_converting_again_changes_the_settings():
+    model = convert_attention(llama(), 16, seed=1)
+    again = convert_attention(model, 32, seed=1)
+    fresh = convert_attention(llama(), 32, seed=1)
+    with torch.no_grad():
+        assert torch.equal(again(tokens())[0], fresh(tokens())[0])
+
+
+@pytest.mark.parametrize("build", [encoder, gpt, llama])
+def test_converted_models_run_under_autocast_and_in_half_precision(build):
+    model = convert_attention(build(), 16)
+    ids = tokens()
+    with torch.no_grad():
+        exact = model(ids)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(ids)[0].float()
+        model = build().to(torch.bfloat16)
+        model.set_attn_implementation("eager")
+        half = convert_attention(model, 16)(ids)[0].float()
+    assert (mixed - exact).norm() / exact.norm() < 0.05
+    assert (half - exact).norm() / exact.norm() < 0.05
+
+
 def test_state_dict_brings_the_vectors_back():
     one, two = convert_attention(encoder(), 16, seed=1), convert_attention(encoder(), 16, seed=2)
     two.load_state_dict(one.state_dict())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from outlast.data import DATASETS, fetch, find, find_catalogues, load, load_catalogues, standardise
+from outlast.data import DATASETS, TEXTS, fetch, find, find_catalogues, find_encoder, load, load_catalogues, load_text, standardise
 from outlast.data._registry import EMBEDDED
 from outlast.errors import DamagedFileError, MissingDataError
 
@@ -188,3 +188,50 @@ def test_missing_packages_say_how_to_get_them(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDataError, match=r'pip install "outlast\[studies\]"'):
         find_catalogues()
+
+
+# ---- text --------------------------------------------------------------------------------------------------------------
+
+
+def test_excerpts_of_novels_are_text_of_the_stated_sizes():
+    for split, size in TEXTS["novels"].small.items():
+        text = load_text("novels", split, variant="small")
+        assert text.dtype == torch.uint8
+        assert len(text) == size
+        words = bytes(text.tolist()).decode("utf-8").split()
+        assert len(words) > size / 8
+        assert sum(word == "the" for word in words) > len(words) / 50
+
+
+@needs_data[0]
+@needs_data[1]
+def test_whole_novels_hold_the_excerpts():
+    for split, size in TEXTS["novels"].sizes.items():
+        whole, part = (bytes(load_text("novels", split, variant=variant).tolist()) for variant in ("full", "small"))
+        assert len(whole) == size
+        assert part[:1000] in whole
+        assert part[-1000:] in whole
+
+
+def test_missing_damaged_and_unknown_texts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("OUTLAST_DATA", raising=False)
+    with pytest.raises(MissingDataError, match="OUTLAST_DATA is not set"):
+        load_text("novels")
+    monkeypatch.setenv("OUTLAST_DATA", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    for name, content, message in (("novels_test.txt", b"call me", "SHA-256"), ("novels_valid.txt.xz", b"xz?", "unpacked")):
+        (tmp_path / "text" / name).write_bytes(content)
+        with pytest.raises(DamagedFileError, match=message):
+            load_text("novels", name.split("_")[1].split(".")[0])
+    with pytest.raises(ValueError, match="unknown text"):
+        load_text("poems")
+    with pytest.raises(ValueError, match="split must be one of"):
+        load_text("novels", "dev")
+    with pytest.raises(ValueError, match="variant must be"):
+        load_text("novels", variant="tiny")
+
+
+def test_encoder_is_found_in_its_package_or_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDataError, match="text"):
+        find_encoder()

@@ -59,11 +59,18 @@ def checked(
     """
     choice("feature_map", feature_map, tuple(name for name in MAPS if name != "given"))
     integer("chunk_size", chunk_size, low=1)
-    if real("dropout_p", dropout_p, low=0.0, high=1.0) > 0.0:
+    if not torch.compiler.is_compiling():  # there, a changing float has no value to look at
+        real("dropout_p", dropout_p, low=0.0, high=1.0)
+        real("scale", 1.0 if scale is None else scale, low=0.0, low_open=True)
+    if dropout_p > 0.0:
         raise UnsupportedError("dropout_p > 0: linear attention has no matrix of weights to drop from; apply dropout to its output instead")
     for name, tensor in (("query", query), ("key", key), ("value", value), ("projection", projection)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating point dtype, got {tensor.dtype}")
+    if torch.is_autocast_enabled(query.device.type):
+        # Under autocast a model may hand over float32 queries and keys (after rotary positions) with bfloat16 values.
+        widest = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+        query, key, value = (x.to(widest) for x in (query, key, value))
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
     rank = query.ndim
@@ -80,7 +87,9 @@ def checked(
     Hk, Lk = k.shape[1:3]
     if k.shape[3] != d:
         raise ValueError(f"query and key must have one head size, got {d} and {k.shape[3]}")
-    if k.shape[0] != B:
+    if not H or not d:
+        raise ValueError(f"queries need at least one head and a head size of at least 1, got shape {tuple(query.shape)}")
+    if query.shape[:-3] != key.shape[:-3] or k.shape[0] != B:
         raise ValueError(f"query and key must have one batch size, got shapes {tuple(query.shape)} and {tuple(key.shape)}")
     if Hk != H and not (enable_gqa and Hk > 0 and H % Hk == 0):
         raise ValueError(f"{Hk} key heads for {H} query heads: the number must divide, and enable_gqa=True must say that heads are shared")
@@ -88,7 +97,7 @@ def checked(
         # A state does not change that: new queries and new keys are the same positions.
         past = "" if with_state else "; for queries after a prefix, pass the prefix as state"
         raise ValueError(f"is_causal needs one query for each key, got {Lq} queries and {Lk} keys{past}")
-    factor = 1.0 / math.sqrt(d) if scale is None else real("scale", scale, low=0.0, low_open=True)
+    factor = 1.0 / math.sqrt(d) if scale is None else scale
 
     W = projection if projection.ndim == 3 else projection[None]
     if W.ndim != 3 or (W.shape[-1] != d and MAPS[feature_map].needs_projection):
@@ -101,7 +110,7 @@ def checked(
         k, v = (x.repeat_interleave(H // Hk, 1) for x in (k, v))
         Hk = H
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    vectors = W.to(work) * math.sqrt(factor)
+    vectors = W.to(work) * factor**0.5
     if len(W) > 1:
         vectors = vectors.expand(B, *vectors.shape).reshape(B * Hk, *vectors.shape[1:])
     keep = None if attn_mask is None else _key_padding(attn_mask, B, Lq, Lk)
@@ -128,6 +137,12 @@ def _key_padding(mask: Tensor, B: int, Lq: int, Lk: int) -> Tensor:
         )
     if mask.dtype != torch.bool:
         raise TypeError(f"attn_mask must be boolean (True = keep), got {mask.dtype}; a mask of ones and zeros is mask.bool()")
+    if mask.ndim == 2 and Lq == B == mask.shape[0] and B > 1:
+        raise ValueError(
+            f"attn_mask of shape {tuple(mask.shape)} could be a mask over pairs as well as one over keys: give ({B}, 1, 1, {Lk}) "
+            f"for the latter, "
+            "is_causal=True for the causal mask"
+        )
     flat: Tensor | None = mask
     if mask.ndim > 2:
         flat = mask.flatten(0, -4) if mask.ndim > 4 else mask
@@ -142,11 +157,13 @@ def _key_padding(mask: Tensor, B: int, Lq: int, Lk: int) -> Tensor:
     return flat.expand(B, Lk)
 
 
-def checked_state(name: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a state of another batch, projection or size of values."""
+def checked_state(state: object, kind: type, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a state of another kind, batch, size of projection or size of values."""
+    if not isinstance(state, kind):
+        raise TypeError(f"state must be a {kind.__name__}, got {type(state).__name__}")
     for field, shape in shapes.items():
-        if tuple(tensors[field].shape) != shape:
+        found = tuple(getattr(state, field).shape)
+        if found != shape:
             raise ValueError(
-                f"state is of another batch, projection or value size: {name}.{field} has shape {tuple(tensors[field].shape)}, "
-                f"expected {shape}"
+                f"state is of another batch, projection or value size: {kind.__name__}.{field} has shape {found}, expected {shape}"
             )

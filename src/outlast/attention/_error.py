@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 from outlast._core._checks import choice, real
 from outlast._core._result import Result
 from outlast.attention._arguments import Problem, checked
+from outlast.attention._chunks import HEADROOM
 from outlast.attention._favor import FEATURE_MAPS
-from outlast.attention._linear import HEADROOM, linear_attention
-from outlast.attention._maps import MAPS
+from outlast.attention._linear import linear_attention
+from outlast.attention._maps import MAPS, Features
 from outlast.errors import OutlastWarning
 
 
@@ -125,30 +127,36 @@ def attention_error(
     )
     work = problem.W.dtype
     q, k, v = problem.q_NGLd.to(work), problem.k_NLd.to(work)[:, None], problem.v_NLD.to(work)[:, None]
-    visible = _visible(problem, is_causal)
+    keep = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if problem.keep_NL is None else problem.keep_NL
+    k, v = (x.masked_fill(~keep[:, None, :, None], 0.0) for x in (k, v))
+    visible = keep[:, None, None].expand(-1, 1, q.shape[2], -1)
+    if is_causal:
+        visible = visible.tril()
+    if not visible.any():
+        raise ValueError("nothing to compare: attn_mask hides every key")
     exact = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=problem.scale)
-    weights = visible.to(work)
-    uniform = (weights @ v) / weights.sum(-1, keepdim=True)
+    counted = keep.to(work)[:, None, :, None]
+    sums, counts = (x.cumsum(2) if is_causal else x.sum(2, keepdim=True) for x in (v, counted))
+    uniform = (sums / counts).expand_as(exact)
     rows = visible.any(-1)[..., None].expand_as(exact)  # rows that see nothing are no measurement
     exact, uniform, ours = (torch.where(rows, x, 0.0) for x in (exact, uniform, run.out_NGLD.to(work)))
-    size = exact.square().sum().sqrt()
 
     def error(x: Tensor) -> float:
-        return float((x - exact).square().sum().sqrt() / size)
+        return float(_ratio((x - exact).square().sum(), exact.square().sum()))
 
     heads = problem.batch, problem.key_heads * q.shape[1], -1
     by_head = [x.reshape(heads).square().sum((0, 2)) for x in (ours - exact, exact)]
     shift = 2.0 * HEADROOM if is_causal and MAPS[feature_map].log_keys else 0.0
-    smallest = run.den_NGL[rows[..., 0]].min().double()
+    smallest = run.den_NGL[rows[..., 0]].min()
     result = AttentionErrorResult(
         rel_error=error(ours),
-        rel_error_per_head=tuple((by_head[0] / by_head[1]).sqrt().tolist()),
+        rel_error_per_head=tuple(_ratio(by_head[0], by_head[1]).tolist()),
         uniform_error=error(uniform),
-        effective_features=_effective_features(problem, visible, feature_map),
+        effective_features=_effective_features(problem, is_causal, feature_map),
         num_features=MAPS[feature_map].num_features(problem.W.shape[-2], q.shape[-1]),
         query_norm=float(q.norm(dim=-1).mean()) * problem.scale**0.5,
-        key_norm=float(k.norm(dim=-1).mean()) * problem.scale**0.5,
-        min_denominator=float(smallest * torch.exp(torch.tensor(-shift, dtype=torch.float64))),
+        key_norm=float(k.norm(dim=-1)[:, 0][keep].mean()) * problem.scale**0.5,
+        min_denominator=float(smallest) * math.exp(-shift),
     )
     if result.rel_error > warn_above:
         effective = (
@@ -165,16 +173,7 @@ def attention_error(
     return result
 
 
-def _visible(problem: Problem, is_causal: bool) -> Tensor:
-    """Which keys a query sees, ``(N, 1, Lq, Lk)``."""
-    N, _, Lq, _ = problem.q_NGLd.shape
-    visible = torch.ones(N, 1, Lq, problem.k_NLd.shape[1], dtype=torch.bool, device=problem.q_NGLd.device)
-    if is_causal:
-        visible.tril_()
-    return visible if problem.keep_NL is None else visible & problem.keep_NL[:, None, None]
-
-
-def _effective_features(problem: Problem, visible: Tensor, feature_map: str) -> float | None:
+def _effective_features(problem: Problem, is_causal: bool, feature_map: str) -> float | None:
     """Participation ratio of the features in the denominators of up to 64 queries, mean over them."""
     each = MAPS[feature_map]
     if each.signed:
@@ -184,13 +183,29 @@ def _effective_features(problem: Problem, visible: Tensor, feature_map: str) -> 
     ratios: list[Tensor] = []
     for n in range(len(problem.k_NLd)):
         W = problem.W[n if len(problem.W) > 1 else 0][None]
-        q = each.features(problem.q_NGLd[n, :, picked].to(work), W, problem.scale, query=True)
-        k = each.features(problem.k_NLd[n][None].to(work), W, problem.scale, query=False)
-        q_log, k_log = (x.log if x.log is not None else (x.value if x.value is not None else W).log() for x in (q, k))
-        for row, t in enumerate(picked.tolist()):
-            z = k_log[0][visible[n, 0, t]].logsumexp(0)
-            share = (q_log[:, row] + z).softmax(-1)
-            ratios.append(1.0 / share.square().sum(-1))
+        q = _log(each.features(problem.q_NGLd[n, :, picked].to(work), W, problem.scale, query=True))
+        keys = problem.k_NLd[n][None].to(work)
+        if problem.keep_NL is not None:
+            keys = keys.masked_fill(~problem.keep_NL[n, :, None], 0.0)
+        k = _log(each.features(keys, W, problem.scale, query=False))[0]
+        if problem.keep_NL is not None:
+            k = k.masked_fill(~problem.keep_NL[n, :, None], -torch.inf)
+        sums = k.logcumsumexp(0)[picked] if is_causal else k.logsumexp(0, keepdim=True)
+        share = (q + sums).softmax(-1)
+        ratios.append(1.0 / share.square().sum(-1).flatten())
     found = torch.cat(ratios)
     found = found[found.isfinite()]  # queries that see nothing
     return float(found.mean()) if len(found) else None
+
+
+def _log(features: Features) -> Tensor:
+    """Logarithms of features of one sign."""
+    if features.log is not None:
+        return features.log
+    assert features.value is not None
+    return features.value.log()
+
+
+def _ratio(difference: Tensor, exact: Tensor) -> Tensor:
+    """Relative error from squared norms; an exact output of zero is met or missed."""
+    return torch.where(exact > 0.0, difference / exact, torch.where(difference > 0.0, torch.inf, 0.0)).sqrt()

@@ -16,7 +16,8 @@ from outlast._core._random import generator as derived_generator
 from outlast._core._random import orthogonal_blocks
 from outlast._core._typing import Float
 from outlast.attention._arguments import Problem, checked, checked_state
-from outlast.attention._linear import NOTHING_SEEN, linear_attention
+from outlast.attention._chunks import NOTHING_SEEN
+from outlast.attention._linear import linear_attention
 from outlast.attention._maps import MAPS
 from outlast.attention._redraw import Redrawn
 from outlast.errors import UnsupportedError
@@ -186,10 +187,10 @@ def favor_attention(
         feature_map: ``"positive"``, ``"hyperbolic"`` (R = 2 M), ``"trig"`` (a baseline of either sign), ``"relu"`` (the generalised
             kernel) or ``"elu1"`` (linear transformer).
         stabilizer: ``"per_feature"``, or ``"official"``: the maximum over all keys and features and ``eps``, as the authors' code has it;
-            it lets later keys reach earlier outputs, and is there to compare.
-        chunk_size: rows worked on at a time. In causal form a key may exceed earlier keys of its own chunk by about 100 nats in a feature
-            before float32 loses the earlier ones; smaller chunks lessen that.
-        state: what came before, from ``return_state=True``.
+            it lets later keys reach earlier outputs, and is there to compare (its features are kept, so memory is larger).
+        chunk_size: rows worked on at a time. Where a key is so much longer than those before it that float32's range does not hold both,
+            the causal form takes smaller chunks there, which costs time.
+        state: what came before, from ``return_state=True``, made with the same projection (which only its shape tells).
         return_state: also return the state after these keys.
         eps: of the official stabiliser; not used otherwise.
 
@@ -201,7 +202,8 @@ def favor_attention(
         ValueError: shapes that do not fit, a mask over pairs or an additive bias, unknown names, ``is_causal`` with unequal lengths, a
             state of another batch or projection.
         TypeError: integer or mixed dtypes.
-        UnsupportedError: ``dropout_p`` above 0; the official stabiliser with a state or another map than ``positive``.
+        UnsupportedError: ``dropout_p`` above 0; forward-mode or second derivatives; the official stabiliser with a state or another map
+            than ``positive``.
     """
     choice("feature_map", feature_map, FEATURE_MAPS)
     choice("stabilizer", stabilizer, ("per_feature", "official"))
@@ -223,6 +225,8 @@ def favor_attention(
     if stabilizer == "official":
         if state is not None or return_state or feature_map != "positive":
             raise UnsupportedError("the official stabiliser takes one maximum over all keys: it has no state, and only the map 'positive'")
+        if not key.shape[-2]:
+            return query.new_zeros(problem.shape)
         q, k = _official_features(problem, eps)
         run = linear_attention(q, k, problem.v_NLD, problem.W[:1], feature_map="given", denominator="guard", eps=1e-6, **settings)
         return run.out_NGLD.to(query.dtype).reshape(problem.shape)
@@ -231,8 +235,9 @@ def favor_attention(
         R = MAPS[feature_map].num_features(problem.W.shape[-2], query.shape[-1])
         lead = (problem.batch, problem.key_heads)
         shapes = {"S": (*lead, R, value.shape[-1]), "z": (*lead, R), "c": (*lead, R), "n": lead}
-        checked_state("FavorState", state._asdict(), shapes)
-        before = cast("tuple[Tensor, Tensor, Tensor, Tensor]", tuple(problem.rows(x).to(problem.W.dtype) for x in state))
+        checked_state(state, FavorState, shapes)
+        S, z, c, n = (problem.rows(x).to(problem.W.dtype) for x in state)
+        before = S, z, c.clamp_min(NOTHING_SEEN), n  # half precision would have made it -inf
     run = linear_attention(
         problem.q_NGLd, problem.k_NLd, problem.v_NLD, problem.W, feature_map=feature_map, scale=problem.scale, state=before, **settings
     )
@@ -244,18 +249,18 @@ def favor_attention(
 
 def _official_features(problem: Problem, eps: float) -> tuple[Tensor, Tensor]:
     """Features as the authors' code stabilises them: the query's own maximum, one maximum over all keys and features, plus eps."""
-    W = problem.W
+    W, keep = problem.W, problem.keep_NL
     ratio = W.shape[-2] ** -0.5
 
     def logs(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         return x @ matrix.mT, (x * x).sum(-1, keepdim=True) * (0.5 * problem.scale)
 
     q, q_norm = logs(problem.q_NGLd.to(W.dtype), W[:, None] if len(W) > 1 else W)
-    k, k_norm = logs(problem.k_NLd.to(W.dtype), W)
-    visible = k.detach()
-    if problem.keep_NL is not None:
-        visible = visible.masked_fill(~problem.keep_NL[..., None], -math.inf)
+    keys = problem.k_NLd.to(W.dtype)
+    k, k_norm = logs(keys if keep is None else keys.masked_fill(~keep[..., None], 0.0), W)
+    visible = k.detach() if keep is None else k.detach().masked_fill(~keep[..., None], -math.inf)
     largest = visible.amax((-1, -2), keepdim=True)
+    largest = torch.where(largest == -math.inf, 0.0, largest)  # every key masked
     return (
         ratio * ((q - q_norm - q.detach().amax(-1, keepdim=True)).exp() + eps),
         ratio * ((k - k_norm - largest).exp() + eps),
@@ -282,7 +287,7 @@ class FavorAttention(Redrawn):
         norms: as :func:`draw_projection`.
         redraw_interval: optimizer steps between draws, None for never.
         seed: of the draws.
-        layer: place of the layer in its model, so that layers differ.
+        layer: place of the layer in its model: layers of one number and seed have the same vectors.
         orthogonal: as :func:`draw_projection`.
         num_kv_heads: key heads of grouped-query attention.
         chunk_size: as :func:`favor_attention`.
@@ -322,16 +327,21 @@ class FavorAttention(Redrawn):
         self.norms: Literal["chi", "sqrt_d"] = norms
         self.orthogonal = orthogonal
         self.chunk_size = integer("chunk_size", chunk_size, low=1)
-        self.register_buffer("projection", self._draw(0).to(device=device, dtype=dtype or torch.get_default_dtype()))
+        place = torch.get_default_device() if device is None else device
+        self.register_buffer("projection", self._draw(seed, 0).to(device=place, dtype=dtype or torch.get_default_dtype()))
 
-    def _draw(self, index: int) -> Tensor:
+    def reset_parameters(self) -> None:
+        """The vectors of the first draw, as after construction (there are no parameters)."""
+        self.reset_draws()
+
+    def _draw(self, seed: int, index: int) -> Tensor:
         return draw_projection(
             self.num_features,
             self.head_dim,
             num_heads=self.num_kv_heads,
             orthogonal=self.orthogonal,
             norms=self.norms,
-            generator=derived_generator(self.seed, f"favor/{self.layer}", index),
+            generator=derived_generator(seed, f"favor/{self.layer}", index),
             dtype=torch.float64,
         )
 
@@ -414,5 +424,5 @@ class FavorAttention(Redrawn):
         heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads} over {self.num_kv_heads}"
         return (
             f"head_dim={self.head_dim}, num_heads={heads}, num_features={self.num_features}, feature_map={self.feature_map!r}, "
-            f"norms={self.norms!r}, redraw_interval={self.redraw_interval}, draws={int(self.draws)}"
+            f"norms={self.norms!r}, redraw_interval={self.redraw_interval}, {self._drawn()}"
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -123,6 +122,13 @@ class Hyperbolic(FeatureMap):
         return grad_x, grad_p
 
 
+def _through_sin_cos(grad_NCR: Tensor, weighted_NCR: Tensor) -> Tensor:
+    """Gradient by p of ``w [sin p, cos p]``, the features given as they are."""
+    grad_sin, grad_cos = grad_NCR.chunk(2, -1)
+    sin, cos = weighted_NCR.chunk(2, -1)
+    return grad_sin * cos - grad_cos * sin
+
+
 class Trigonometric(FeatureMap):
     """``exp(|x|^2/2) [sin(w.x), cos(w.x)]``: unbiased for exp(x.y) but of either sign; a baseline."""
 
@@ -144,21 +150,22 @@ class Trigonometric(FeatureMap):
     def backward(
         grad_NCR: Tensor, weighted_NCR: Tensor, weight: Tensor | None, x_NCd: Tensor, W: Tensor, scale: float, *, query: bool
     ) -> tuple[Tensor, Tensor | None]:
-        grad_sin, grad_cos = grad_NCR.chunk(2, -1)
-        sin, cos = weighted_NCR.chunk(2, -1)
-        grad_p = grad_sin * cos - grad_cos * sin
+        grad_p = _through_sin_cos(grad_NCR, weighted_NCR)
         grad_x = grad_p @ W
         if not query:
             grad_x += scale * (grad_NCR * weighted_NCR).sum(-1, keepdim=True) * x_NCd
         return grad_x, grad_p
 
 
-class Gaussian(Trigonometric):
+class Gaussian(FeatureMap):
     """``D^-1/2 [sin(w.x), cos(w.x)]``: unbiased for exp(-|x-y|^2/2) (Peng et al., section 2.2)."""
 
     name = "gaussian"
-    log_keys = False
-    shared_log = False
+    signed = True
+
+    @staticmethod
+    def num_features(M: int, d: int) -> int:
+        return 2 * M
 
     @staticmethod
     def features(x_NCd: Tensor, W: Tensor, scale: float, *, query: bool) -> Features:
@@ -173,7 +180,8 @@ class Gaussian(Trigonometric):
     def backward(
         grad_NCR: Tensor, weighted_NCR: Tensor, weight: Tensor | None, x_NCd: Tensor, W: Tensor, scale: float, *, query: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return Trigonometric.backward(grad_NCR, weighted_NCR, weight, x_NCd, W, scale, query=True)
+        grad_p = _through_sin_cos(grad_NCR, weighted_NCR)
+        return grad_p @ W, grad_p
 
 
 class Arccos(FeatureMap):
@@ -190,7 +198,7 @@ class Arccos(FeatureMap):
     def backward(
         grad_NCR: Tensor, weighted_NCR: Tensor, weight: Tensor | None, x_NCd: Tensor, W: Tensor, scale: float, *, query: bool
     ) -> tuple[Tensor, Tensor | None]:
-        grad_p = grad_NCR.mul(W.shape[-2] ** -0.5).masked_fill_(project(x_NCd, W) <= 0.0, 0.0)
+        grad_p = grad_NCR.mul(W.shape[-2] ** -0.5).masked_fill_(weighted_NCR == 0.0, 0.0)
         if weight is not None:
             grad_p *= weight
         return grad_p @ W, grad_p
@@ -228,7 +236,8 @@ class Elu1(FeatureMap):
 
     @staticmethod
     def features(x_NCd: Tensor, W: Tensor, scale: float, *, query: bool) -> Features:
-        return Features(F.elu(x_NCd * scale**0.5).add_(1.0), None)
+        x = x_NCd * scale**0.5
+        return Features(x.clamp_max(0.0).exp_().add_(x.relu_()), None)  # torch's elu is many times slower on a CPU
 
     @staticmethod
     def backward(

@@ -14,9 +14,10 @@ from outlast._core._checks import integer
 class Redrawn(nn.Module):
     """A module whose buffer ``projection`` is draw number ``draws`` of (seed, layer).
 
-    Both counters are buffers: the state dict resumes them, and every process that counts the same steps has the same vectors.
+    Seed and counters are buffers: the state dict resumes them, and every process that counts the same steps has the same vectors.
     """
 
+    seed: Tensor
     draws: Tensor
     """Number of the present draw."""
     steps: Tensor
@@ -26,28 +27,40 @@ class Redrawn(nn.Module):
     def __init__(self, *, redraw_interval: int | None, seed: int, layer: int) -> None:
         super().__init__()
         self.redraw_interval = None if redraw_interval is None else integer("redraw_interval", redraw_interval, low=1)
-        self.seed = integer("seed", seed, low=0)
         self.layer = integer("layer", layer, low=0)
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._first_seed = integer("seed", seed, low=0)
+        for name, value in (("seed", seed), ("draws", 0), ("steps", 0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int64))
 
-    def _draw(self, index: int) -> Tensor:
+    def _draw(self, seed: int, index: int) -> Tensor:
         """The vectors of one draw, on the CPU."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_draws(self) -> None:
+        """Go back to the first draw of the seed; also what fills the buffers after ``to_empty()``."""
+        self.seed.fill_(self._first_seed)
+        self.draws.zero_()
+        self.steps.zero_()
+        self.projection.copy_(self._draw(self._first_seed, 0))
 
     @torch.no_grad()
     def redraw(self) -> None:
         """Take the next vectors."""
         self.draws += 1
-        self.projection.copy_(self._draw(int(self.draws)))
+        self.projection.copy_(self._draw(int(self.seed), int(self.draws)))
 
     def count_step(self) -> None:
         """Count a step of the optimizer, and redraw when the interval is over; nothing in evaluation mode."""
         if not self.training:
             return
         self.steps += 1
-        if self.redraw_interval is not None and int(self.steps) % self.redraw_interval == 0:
+        if self.redraw_interval == 1 or (self.redraw_interval is not None and int(self.steps) % self.redraw_interval == 0):
             self.redraw()
+
+    def _drawn(self) -> str:
+        """For ``repr``."""
+        return "on meta" if self.draws.is_meta else f"draws={int(self.draws)}"
 
 
 def redraw_after_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -69,7 +82,10 @@ def redraw_after_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> Re
     if not modules:
         raise ValueError(f"{type(model).__name__} holds no attention with random vectors")
 
-    def after(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    def after(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer is called even where the scaler skips its update
+        if found_inf is not None and bool(found_inf):
+            return
         for module in modules:
             module.count_step()
 

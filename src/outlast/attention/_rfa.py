@@ -16,7 +16,9 @@ from outlast._core._random import generator as derived_generator
 from outlast._core._result import Result
 from outlast._core._typing import Float
 from outlast.attention._arguments import checked, checked_state
-from outlast.attention._linear import Run, linear_attention
+from outlast.attention._chunks import NOTHING_SEEN, full_precision
+from outlast.attention._forward import Run
+from outlast.attention._linear import linear_attention
 from outlast.attention._maps import MAPS
 from outlast.attention._redraw import Redrawn
 from outlast.errors import OutlastWarning, StateError
@@ -32,11 +34,13 @@ class RfaState(NamedTuple):
         S: (gated) sum of features of keys times values, ``(B, H, R, Dv)``.
         z: (gated) sum of features of keys, ``(B, H, R)``.
         n: sum of the weights of the keys: their number, with a gate at most 1, ``(B, H)``.
+        c: logarithm that S and z are divided by, ``(B, H, R)``; of use for ``feature_map="positive"`` only.
     """
 
     S: Tensor
     z: Tensor
     n: Tensor
+    c: Tensor
 
     def detach(self) -> RfaState:
         """The same numbers without their history, as the next segment of a stream takes them."""
@@ -108,6 +112,8 @@ def _attend(
     lead = (problem.batch, problem.key_heads)
     gate = None
     if log_gate is not None:
+        if not log_gate.is_floating_point():
+            raise TypeError(f"log_gate must have a floating point dtype, got {log_gate.dtype}")
         if not is_causal:
             raise ValueError("log_gate weighs keys by their distance in the past: it needs is_causal=True")
         if tuple(log_gate.shape) != (*lead, problem.k_NLd.shape[1]):
@@ -118,15 +124,20 @@ def _attend(
     before = None
     R = MAPS[feature_map].num_features(D, query.shape[-1])
     if state is not None:
-        checked_state("RfaState", state._asdict(), {"S": (*lead, R, value.shape[-1]), "z": (*lead, R), "n": lead})
-        sums = [problem.rows(x).to(work) for x in state]
-        before = sums[0], sums[1], torch.zeros_like(sums[1]) if MAPS[feature_map].log_keys else None, sums[2]
+        shapes = {"S": (*lead, R, value.shape[-1]), "z": (*lead, R), "n": lead, "c": (*lead, R)}
+        checked_state(state, RfaState, shapes)
+        S, z, n, c = (problem.rows(x).to(work) for x in state)
+        before = S, z, c.clamp_min(NOTHING_SEEN), n
     q, k = problem.q_NGLd, problem.k_NLd
     if normalize_qk:
         # In working precision: the error of a norm in half precision would become one of the temperature.
-        with torch.autocast(q.device.type, enabled=False):
+        with full_precision(q.device):
+            if problem.keep_NL is not None:  # whatever padding holds, its gradient is zero
+                k = k.masked_fill(~problem.keep_NL[..., None], 0.0)
             q, k = _unit(q.to(work)), _unit(k.to(work))
     if feature_map == "positive":
+        if denominator == "official":
+            raise ValueError("denominator='official' belongs to the bounded maps; feature_map='positive' needs none")
         kind, eps = "plain", EPSILON
     elif denominator == "safe":
         kind, eps = "safe", EPSILON
@@ -146,10 +157,7 @@ def _attend(
         state=before,
         eps=eps,
     )
-    # Positive features of unit vectors are bounded: no stabiliser need travel.
-    factor = run.c_NR.exp() if MAPS[feature_map].log_keys else None
-    sums = (run.S_NRD, run.z_NR) if factor is None else (run.S_NRD * factor[..., None], run.z_NR * factor)
-    after = RfaState(problem.heads(sums[0]), problem.heads(sums[1]), problem.heads(run.n_N))
+    after = RfaState(*(problem.heads(x) for x in (run.S_NRD, run.z_NR, run.n_N, run.c_NR)))
     return run.out_NGLD.to(query.dtype).reshape(problem.shape), after, run
 
 
@@ -239,10 +247,10 @@ def rfa_attention(
         feature_map: ``"gaussian"`` (R = 2 D), ``"arccos"`` or ``"positive"`` (R = D, never negative).
         log_gate: logarithm of the gate of each key, ``(B, H, Lk)`` (key heads), at most 0: ``logsigmoid`` of its pre-activation.
         normalize_qk: False where queries and keys have norm 1 already.
-        denominator: ``"safe"``: at least 1e-3 of the weight of the keys seen, by size; ``"official"``: as the authors' code, features
-            times 0.1 and at least 1, which shrinks early outputs.
+        denominator: ``"safe"``: at least 1e-3 of the weight of the keys seen, by size (a limit that gradients take as constant);
+            ``"official"``: as the authors' code, features times 0.1 and at least 1, which shrinks early outputs.
         chunk_size: rows worked on at a time.
-        state: what came before.
+        state: what came before, made with the same projection (which only its shape tells).
         return_state: also return the state after these keys.
 
     Returns:
@@ -293,7 +301,7 @@ class RandomFeatureAttention(Redrawn):
     In training the vectors of draw i are a function of (seed, layer, i), picked from a pool of ``pool_size`` matrices that is a function
     of the seed; in evaluation the layer uses vectors of its own that never change. Both are buffers. ``forward`` draws nothing.
 
-    Keep ``sigma`` out of weight decay: it is a temperature, and decay would flatten attention (:func:`parameter_groups`).
+    Keep ``sigma`` out of weight decay: it is a temperature, and decay would flatten attention (:func:`rfa_parameter_groups`).
 
     Args:
         embed_dim: width of the input and output.
@@ -305,7 +313,7 @@ class RandomFeatureAttention(Redrawn):
         learn_sigma: learn an elementwise factor of the random vectors, starting at 1.
         pool_size: matrices to pick from; None for fresh ones at every draw.
         seed: of the draws.
-        layer: place of the layer in its model, so that layers differ.
+        layer: place of the layer in its model: layers of one number and seed have the same vectors.
         causal: whether attention is causal where a call does not say; False also forbids ``step``.
         bias: of the four projections.
         redraw_interval: optimizer steps between draws, None for never.
@@ -319,7 +327,6 @@ class RandomFeatureAttention(Redrawn):
     projection: Tensor
     eval_projection: Tensor
     sigma: Tensor
-    counts: Tensor
 
     def __init__(
         self,
@@ -349,9 +356,10 @@ class RandomFeatureAttention(Redrawn):
         self.feature_map = choice("feature_map", feature_map, FEATURE_MAPS)
         self.tau = real("tau", tau, low=0.0, low_open=True)
         self.pool_size = None if pool_size is None else integer("pool_size", pool_size, low=1)
-        if self.pool_size is not None and self.pool_size < num_heads:
+        if self.pool_size is not None and self.pool_size < (self.layer + 1) * num_heads:
             raise ValueError(
-                f"pool_size must be at least the number of heads, which draw without replacement: got {pool_size} for {num_heads} heads"
+                f"pool_size must be at least {(self.layer + 1) * num_heads}, the heads of the layers up to this one, which draw without "
+                f"replacement: got {pool_size}"
             )
         if gate and causal is False:
             raise ValueError("gate=True weighs keys by their distance in the past: it needs causal attention")
@@ -364,15 +372,13 @@ class RandomFeatureAttention(Redrawn):
             self.sigma = nn.Parameter(ones)
         else:
             self.register_buffer("sigma", ones)
-        self.register_buffer("projection", self._draw(0).to(torch.get_default_dtype()))
-        shape = (num_heads, num_features, self.head_dim)
-        fixed = torch.randn(shape, generator=derived_generator(seed, f"rfa evaluation/{layer}"), dtype=torch.float64)
-        self.register_buffer("eval_projection", fixed.to(torch.get_default_dtype()))
-        self.register_buffer("counts", torch.zeros(3, dtype=torch.float64), persistent=False)
+        place, dtype = torch.get_default_device(), torch.get_default_dtype()
+        self.register_buffer("projection", self._draw(seed, 0).to(place, dtype))
+        self.register_buffer("eval_projection", self._evaluation_draw(seed).to(place, dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier with gain 2^-1/2 for the projections; gates that remember from 4 to 256 positions over the heads; sigma 1."""
+        """Xavier with gain 2^-1/2 for the projections; gates that remember from 4 to 256 positions over the heads; sigma 1; first draw."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(linear.weight, gain=2.0**-0.5)
             if linear.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -383,16 +389,25 @@ class RandomFeatureAttention(Redrawn):
             with torch.no_grad():
                 self.gate_proj.bias.copy_((reach - 1.0).log())  # g = 1 - 1 / reach
         nn.init.ones_(self.sigma)
+        self.reset_draws()
+        with torch.no_grad():
+            self.eval_projection.copy_(self._evaluation_draw(self._first_seed))
 
-    def _draw(self, index: int) -> Tensor:
-        shape = (self.num_features, self.head_dim)
-        stream = derived_generator(self.seed, f"rfa/{self.layer}", index)
+    def _draw(self, seed: int, index: int) -> Tensor:
         if self.pool_size is None:
-            return torch.randn(self.num_heads, *shape, generator=stream, dtype=torch.float64)
-        # The pool is never stored: each entry is a function of the seed and its number.
-        entries = torch.randperm(self.pool_size, generator=stream)[: self.num_heads].tolist()
-        draws = [torch.randn(shape, generator=derived_generator(self.seed, "rfa pool", entry), dtype=torch.float64) for entry in entries]
-        return torch.stack(draws)
+            return self._normal(self.num_heads, stream=derived_generator(seed, f"rfa/{self.layer}", index))
+        # The pool is never stored: each entry is a function of the seed and its number. Layers share one order, so that no two heads
+        # of a model have the same entry.
+        order = torch.randperm(self.pool_size, generator=derived_generator(seed, "rfa order", index), device="cpu")
+        mine = order[self.layer * self.num_heads : (self.layer + 1) * self.num_heads].tolist()
+        return torch.cat([self._normal(1, stream=derived_generator(seed, "rfa pool", entry)) for entry in mine])
+
+    def _evaluation_draw(self, seed: int) -> Tensor:
+        return self._normal(self.num_heads, stream=derived_generator(seed, f"rfa evaluation/{self.layer}"))
+
+    def _normal(self, heads: int, *, stream: torch.Generator) -> Tensor:
+        shape = (heads, self.num_features, self.head_dim)
+        return torch.randn(shape, generator=stream, dtype=torch.float64, device="cpu")
 
     def random_vectors(self) -> Tensor:
         """The vectors in use, times sigma / tau, ``(H, D, d)``."""
@@ -427,19 +442,31 @@ class RandomFeatureAttention(Redrawn):
                 as :func:`rfa_attention`.
         """
         causal = bool(self.causal) if is_causal is None else is_causal
+        for name, each in (("x", x), ("context", context)):
+            if each is not None and (each.ndim != 3 or each.shape[-1] != self.embed_dim):
+                raise ValueError(f"{name} must have shape (batch, length, {self.embed_dim}), got {tuple(each.shape)}")
+        out, after, _ = self._run(x, context, key_padding_mask, causal, state)
+        y = self.out_proj(out.transpose(1, 2).flatten(-2))
+        wanted = (causal and state is not None) if return_state is None else return_state
+        return (y, after) if wanted else y
+
+    def _run(
+        self, x: Tensor, context: Tensor | None, padding: Tensor | None, causal: bool, state: RfaState | None
+    ) -> tuple[Tensor, RfaState, Run]:
         if causal and self.causal is False:
             raise ValueError("is_causal=True on a module made with causal=False")
         if causal and context is not None:
             raise ValueError("is_causal attends from x to itself: context has no order relative to it")
         self._need_causal_gate(causal)
         summary_alone = state is not None and context is None and not causal
-        source = x[:, :0] if summary_alone else x if context is None else context
-        if summary_alone and key_padding_mask is not None:
+        if summary_alone and padding is not None:
             raise ValueError("key_padding_mask without keys: padding was left out when the summary was made")
-        log_gate = None if self.gate_proj is None else F.logsigmoid(self.gate_proj(x).float()).mT
-        y, after = self._attend(self.q_proj(x), source, key_padding_mask, causal, log_gate, state)
-        wanted = (causal and state is not None) if return_state is None else return_state
-        return (y, after) if wanted else y
+        source = x[:, :0] if summary_alone else x if context is None else context
+        log_gate = None
+        if self.gate_proj is not None:
+            logits = self.gate_proj(x)
+            log_gate = F.logsigmoid(logits if logits.dtype == torch.float64 else logits.float()).mT
+        return self._attend(self.q_proj(x), source, padding, causal, log_gate, state)
 
     def _need_causal_gate(self, causal: bool) -> None:
         if self.gate_proj is not None and not causal:
@@ -456,12 +483,16 @@ class RandomFeatureAttention(Redrawn):
         causal: bool,
         log_gate: Tensor | None,
         state: RfaState | None,
-    ) -> tuple[Tensor, RfaState]:
-        out, after, run = _attend(
+    ) -> tuple[Tensor, RfaState, Run]:
+        if padding is not None and padding.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be boolean (True = padding), got {padding.dtype}")
+        if padding is not None and padding.shape != source.shape[:2]:
+            raise ValueError(f"key_padding_mask must have shape {tuple(source.shape[:2])}, got {tuple(padding.shape)}")
+        return _attend(
             self._heads(q),
             self._heads(self.k_proj(source)),
             self._heads(self.v_proj(source)),
-            None if padding is None else ~padding,
+            None if padding is None else ~padding[:, None, None],
             is_causal=causal,
             projection=self.random_vectors(),
             feature_map=self.feature_map,
@@ -471,11 +502,6 @@ class RandomFeatureAttention(Redrawn):
             chunk_size=self.chunk_size,
             state=state,
         )
-        with torch.no_grad():
-            den, clamped = run.den_NGL, run.clamped_NGL
-            negative = (den < 0.0) & ~clamped
-            self.counts += torch.stack([torch.full_like(clamped, True).sum(), clamped.sum(), negative.sum()])
-        return self.out_proj(out.transpose(1, 2).flatten(-2)), after
 
     def summarize(self, context: Float[Tensor, "B Lk C"], key_padding_mask: Tensor | None = None) -> RfaState:
         """The summary of a source, for any number of queries: ``forward(x, state=summary)``.
@@ -483,6 +509,8 @@ class RandomFeatureAttention(Redrawn):
         Args:
             context: ``(B, Lk, embed_dim)``.
             key_padding_mask: ``(B, Lk)``, True for padding.
+
+        A summary belongs to the vectors it was made with: not to those of evaluation when made in training, nor to the next draw.
 
         Raises:
             ValueError: a module with a gate.
@@ -497,7 +525,8 @@ class RandomFeatureAttention(Redrawn):
         work = torch.float64 if self.projection.dtype == torch.float64 else torch.float32
         lead = (batch, self.num_heads)
         zeros = self.projection.new_zeros
-        return RfaState(zeros(*lead, R, self.head_dim, dtype=work), zeros(*lead, R, dtype=work), zeros(*lead, dtype=work))
+        c = self.projection.new_full((*lead, R), NOTHING_SEEN, dtype=work)
+        return RfaState(zeros(*lead, R, self.head_dim, dtype=work), zeros(*lead, R, dtype=work), zeros(*lead, dtype=work), c)
 
     def step(self, x_t: Float[Tensor, "B C"], state: RfaState) -> tuple[Tensor, RfaState]:
         """One more position ``(B, embed_dim)``; equal to the causal form, in time that does not depend on the position.
@@ -506,32 +535,53 @@ class RandomFeatureAttention(Redrawn):
             StateError: a module made with ``causal=False``.
             ValueError: a state of another batch.
         """
+        if x_t.ndim != 2:
+            raise ValueError(f"step() takes one position of shape (batch, {self.embed_dim}), got {tuple(x_t.shape)}")
         if self.causal is False:
             raise StateError("step() continues a causal sequence; this module was made with causal=False")
         y, after = cast("tuple[Tensor, RfaState]", self(x_t[:, None], is_causal=True, state=state, return_state=True))
         return y[:, 0], after
 
-    def denominators(self, *, reset: bool = True, warn_above: float = 0.01) -> DenominatorReport:
-        """What became of the denominators since the last report; warns where too many had to be replaced.
+    @torch.no_grad()
+    def denominators(
+        self,
+        x: Float[Tensor, "B Lq C"],
+        context: Float[Tensor, "B Lk C"] | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        *,
+        warn_above: float = 0.05,
+    ) -> DenominatorReport:
+        """What becomes of the denominators on an input; warns where too many are replaced or negative.
 
         Args:
-            reset: begin to count anew.
-            warn_above: share of replaced denominators from which a warning is given.
+            x: as :meth:`forward`, and so the rest.
+            context: what to attend to.
+            key_padding_mask: True for padding.
+            is_causal: the module's ``causal``, else False.
+            warn_above: share of replaced and negative denominators from which a warning is given.
 
         Raises:
-            StateError: nothing has run since.
+            ValueError: as :meth:`forward`, or no query sees a key.
         """
-        rows, clamped, negative = self.counts.tolist()
+        causal = bool(self.causal) if is_causal is None else is_causal
+        run = self._run(x, context, key_padding_mask, causal, None)[2]
+        den, clamped = (t.reshape(len(x), self.num_heads, -1) for t in (run.den_NGL, run.clamped_NGL))
+        keep = torch.ones(x.shape[:2] if context is None else context.shape[:2], dtype=torch.bool, device=x.device)
+        if key_padding_mask is not None:
+            keep = keep & ~key_padding_mask
+        visible = keep.cumsum(-1) > 0 if causal else keep.any(-1, keepdim=True).expand(x.shape[:2])
+        rows = int(visible.sum()) * self.num_heads
         if not rows:
-            raise StateError("no call since the last report")
-        if reset:
-            self.counts.zero_()
-        report = DenominatorReport(int(rows), clamped / rows, negative / rows)
-        if report.clamped_share > warn_above:
+            raise ValueError("no query sees a key: there is nothing to report")
+        shown = visible[:, None]
+        report = DenominatorReport(rows, float((clamped & shown).sum()) / rows, float(((den < 0.0) & ~clamped & shown).sum()) / rows)
+        if report.clamped_share + report.negative_share > warn_above:
             message = (
-                f"{100 * report.clamped_share:.1f} % of the denominators were too small to divide by and were replaced: attention "
-                f"is sharper than "
-                f"{self.num_features} features can estimate. More features, a larger tau, or feature_map='arccos' help"
+                f"{100 * report.clamped_share:.1f} % of the denominators are too small to divide by and "
+                f"{100 * report.negative_share:.1f} % are "
+                f"negative: attention is sharper than {self.num_features} features can estimate. More features, a larger tau, or "
+                "feature_map='arccos' help"
             )
             warnings.warn(message, OutlastWarning, stacklevel=2)
         return report
@@ -539,11 +589,11 @@ class RandomFeatureAttention(Redrawn):
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, num_heads={self.num_heads}, num_features={self.num_features}, gate={self.gate_proj is not None}, "
-            f"feature_map={self.feature_map!r}, tau={self.tau:g}, causal={self.causal}, draws={int(self.draws)}"
+            f"feature_map={self.feature_map!r}, tau={self.tau:g}, causal={self.causal}, {self._drawn()}"
         )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def rfa_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameters for an optimizer, with the temperatures ``sigma`` of random feature attention kept out of weight decay.
 
     Args:
@@ -552,7 +602,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Example::
 
-        optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-3)
+        optimizer = torch.optim.AdamW(rfa_parameter_groups(model, weight_decay=0.1), lr=1e-3)
     """
     temperatures = {id(module.sigma) for module in model.modules() if isinstance(module, RandomFeatureAttention)}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in temperatures]

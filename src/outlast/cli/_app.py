@@ -29,7 +29,7 @@ else:  # cyclopts reads annotations; the real names live in modules that --help 
     Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
     Strategy = Literal["auto", "ddp", "fsdp"]
 
-_VARIANTS = {"small": "embedded", "full": "full set", "package": "in packages of the extra studies"}
+_VARIANTS = {"small": "embedded", "full": "full set", "package": "in packages of the extras studies or text"}
 OK, FAILURE, USAGE, CLAIM_FAILED = 0, 1, 2, 3
 
 app = App(
@@ -207,7 +207,7 @@ def report(
 @data_app.default
 def list_data() -> int:
     """List the data sets: what is embedded, what lies in OUTLAST_DATA, and how to get the rest."""
-    from outlast.data import DATASETS, WEIGHTS, data_folder, find, find_weights
+    from outlast.data import DATASETS, TEXTS, WEIGHTS, data_folder, find, find_text, find_weights
     from outlast.errors import MissingDataError
 
     folder = data_folder()
@@ -224,6 +224,15 @@ def list_data() -> int:
             print(f"  full {split}, {count:,} images: {where}")
         if entry.note:
             print(f"  note: {entry.note}")
+    for name, text in TEXTS.items():
+        print(f"\n{name}: {text.content}\n  licence: {text.licence}\n  source: {text.source}")
+        print(f"  embedded: {', '.join(f'{count:,} {split}' for split, count in text.small.items())} bytes")
+        for split, count in text.sizes.items():
+            try:
+                where = str(find_text(name, split).parent)
+            except MissingDataError:
+                where = "not at hand; put it into the folder that OUTLAST_DATA names"
+            print(f"  full {split}, {count:,} bytes: {where}")
     for name, weights in WEIGHTS.items():
         print(f"\n{name}: weights of a {weights.content}\n  licence: {weights.licence}\n  source: {weights.source}")
         try:

@@ -5,23 +5,29 @@ from outlast.data._fetch import fetch
 from outlast.data._indexed import Indexed
 from outlast.data._load import ImageSet, load, standardise
 from outlast.data._registry import DATASETS, DatasetInfo, data_folder, find, info
+from outlast.data._text import TEXTS, TextInfo, find_encoder, find_text, load_text
 from outlast.data._weights import WEIGHTS, WeightsInfo, find_weights, load_weights
 
 __all__ = [
     "DATASETS",
+    "TEXTS",
     "WEIGHTS",
     "DatasetInfo",
     "ImageSet",
     "Indexed",
+    "TextInfo",
     "WeightsInfo",
     "data_folder",
     "fetch",
     "find",
     "find_catalogues",
+    "find_encoder",
+    "find_text",
     "find_weights",
     "info",
     "load",
     "load_catalogues",
+    "load_text",
     "load_weights",
     "standardise",
 ]

@@ -54,11 +54,15 @@ def check_data(study: Study, plan: Plan) -> None:
     """
     needs = {need for part in chosen_parts(study, plan.scale, plan.parts) for need in part.scales[plan.scale].data}
     if needs:
-        from outlast.data import find, find_catalogues
+        from outlast.data import TEXTS, find, find_catalogues, find_encoder, find_text
 
+        packages = {"catalogues": find_catalogues, "minilm": find_encoder}
         for name, variant in sorted(needs):
             if variant == "package":
-                find_catalogues()
+                packages[name]()
+            elif name in TEXTS:
+                for split in TEXTS[name].files:
+                    find_text(name, split, variant)
             else:
                 find(name, "train", variant)
                 find(name, "test", variant)
