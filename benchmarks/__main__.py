@@ -5,7 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("sam", "tent", "dimension", "gpm", "gradvac", "startup", "distribution_calibration", "many_episodes", "mixup", "group_invariance")
+NAMES = (
+    "sam",
+    "tent",
+    "dimension",
+    "gpm",
+    "gradvac",
+    "startup",
+    "distribution_calibration",
+    "many_episodes",
+    "mixup",
+    "group_invariance",
+    "attention",
+)
 
 for name in sys.argv[1:] or NAMES:
     importlib.import_module(f"benchmarks.{name}").main()

@@ -26,8 +26,7 @@ class Gradients:
         self.log_gate: Tensor | None = None
         if call.log_gate is not None:
             # Gradients by cumulated log gates and by the weights 1 - g. The former are summed over the whole length: in double precision.
-            exact = torch.float64 if call.q.device.type != "mps" else call.dtype
-            self.log_gate = torch.zeros(call.N, call.Lk, dtype=exact, device=call.q.device)
+            self.log_gate = call.exactly(call.W.new_zeros(call.N, call.Lk))
             self.weight = torch.zeros(call.N, call.Lk, dtype=call.dtype, device=call.q.device)
 
     def add_projection(self, grad_p: Tensor | None, x: Tensor) -> None:

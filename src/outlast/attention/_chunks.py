@@ -112,6 +112,30 @@ class Call:
         log += c_NR[:, None]
         return log.sub_(log.amax(-1, keepdim=True) - self.headroom).exp_()
 
+    def gates(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Weight ``1 - g`` and log gate of rows, ``(N, C)`` each; padding is a step that does not happen."""
+        assert self.log_gate is not None
+        log_gate = self.log_gate[:, start:end].to(self.dtype)
+        weight = -torch.expm1(log_gate)
+        log_gate = log_gate.clamp_min(_CLOSED)
+        if self.keep is not None:
+            hidden = ~self.keep[:, start:end]
+            log_gate, weight = log_gate.masked_fill(hidden, 0.0), weight.masked_fill(hidden, 0.0)
+        return weight, log_gate
+
+    def exactly(self, x: Tensor) -> Tensor:
+        """In double precision where the device has it: a small step after large ones would vanish in a float32 sum of log gates."""
+        return x.double() if x.device.type != "mps" else x
+
+    def seen(self, n_N: Tensor, start: int, end: int, cumulated_NC: Tensor | None) -> Tensor:
+        """Weight of the keys that each row of a causal chunk sees, ``(N, C)``, after keys of weight n; ``cumulated_NC`` are log gates."""
+        if cumulated_NC is not None:
+            # n g + (1 - g) over the steps, without subtracting from 1: gates near 1 leave tiny weights.
+            return (cumulated_NC.exp() * n_N.to(cumulated_NC.dtype)[:, None] - torch.expm1(cumulated_NC)).to(self.dtype)
+        if self.keep is None:
+            return n_N[:, None] + torch.arange(1, end - start + 1, device=n_N.device, dtype=self.dtype)
+        return n_N[:, None] + self.keep[:, start:end].to(self.dtype).cumsum(-1)
+
     def by_head(self, rows_NKX: Tensor) -> Tensor:
         """``(N, G C, X)`` as ``(N, G, C, X)``."""
         return rows_NKX.unflatten(1, (self.G, rows_NKX.shape[1] // self.G))
@@ -138,15 +162,8 @@ class Gate(NamedTuple):
     def of(call: Call, start: int, end: int) -> Gate | None:
         if call.log_gate is None:
             return None
-        log_gate = call.log_gate[:, start:end].to(call.dtype)
-        weight = -torch.expm1(log_gate)
-        log_gate = log_gate.clamp_min(_CLOSED)
-        if call.keep is not None:  # padding is a step that does not happen
-            hidden = ~call.keep[:, start:end]
-            log_gate, weight = log_gate.masked_fill(hidden, 0.0), weight.masked_fill(hidden, 0.0)
-        # Double: a small step after large ones would vanish in their float32 sum, and only differences matter.
-        exact = torch.float64 if log_gate.device.type != "mps" else call.dtype
-        b = log_gate.to(exact).cumsum(-1)
+        weight, log_gate = call.gates(start, end)
+        b = call.exactly(log_gate).cumsum(-1)
         # Above the diagonal, where attention is zero, the difference is positive: cut, so that every exponent is at most 0.
         difference = b[:, :, None] - b[:, None, :]
         decay = difference.to(call.dtype).clamp_max_(0.0).exp_()

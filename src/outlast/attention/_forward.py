@@ -24,17 +24,7 @@ class Run(NamedTuple):
     starts_L: Tensor  # on the CPU: where the chunks of a causal call begin
 
 
-def _seen(call: Call, n_N: Tensor, start: int, end: int, gate: Gate | None) -> Tensor:
-    """Weight of the keys that each row of a causal chunk sees, ``(N, C)``; the last column is the state's."""
-    if gate is not None:
-        # n g + (1 - g) over the steps, without subtracting from 1: gates near 1 leave tiny weights.
-        return (gate.total_NC.exp() * n_N.to(gate.total_NC.dtype)[:, None] - torch.expm1(gate.total_NC)).to(call.dtype)
-    if call.keep is None:
-        return n_N[:, None] + torch.arange(1, end - start + 1, device=n_N.device, dtype=call.dtype)
-    return n_N[:, None] + call.keep[:, start:end].to(call.dtype).cumsum(-1)
-
-
-def _divide(a: Tensor, seen: Tensor, denominator: str, eps: float) -> tuple[Tensor, Tensor]:
+def divide(a: Tensor, seen: Tensor, denominator: str, eps: float) -> tuple[Tensor, Tensor]:
     """The denominator to divide by, and where it was replaced. Rows that see nothing get 0, which stands for "no output"."""
     if denominator == "plain":
         den, clamped = a, torch.zeros_like(a, dtype=torch.bool)
@@ -51,7 +41,7 @@ def _divide(a: Tensor, seen: Tensor, denominator: str, eps: float) -> tuple[Tens
     return torch.where(seen > 0.0, den, 0.0), clamped
 
 
-def _inverse(den: Tensor, seen_something: Tensor) -> Tensor:
+def inverse(den: Tensor, seen_something: Tensor) -> Tensor:
     """1 / den; rows that see no key get 0. A visible row whose denominator is 0 has left the range and becomes infinite, then NaN."""
     return torch.where(seen_something, 1.0 / den, 0.0)
 
@@ -69,9 +59,9 @@ class _Outputs:
     def put(self, start: int, end: int, o_NKE: Tensor, seen_NC: Tensor) -> None:
         o = self.call.by_head(o_NKE)
         seen = seen_NC[:, None].expand(o.shape[:-1])
-        den, self.clamped[:, :, start:end] = _divide(o[..., -1], seen, self.denominator, self.eps)
+        den, self.clamped[:, :, start:end] = divide(o[..., -1], seen, self.denominator, self.eps)
         self.den[:, :, start:end] = den
-        self.out[:, :, start:end] = o[..., :-1] * _inverse(den, seen > 0.0)[..., None]
+        self.out[:, :, start:end] = o[..., :-1] * inverse(den, seen > 0.0)[..., None]
 
 
 def forward(
@@ -131,7 +121,7 @@ def _forward_causal(
         if gate is not None:
             k = k * gate.weight_NC1
         A = call.mask_causally(q @ k.mT, gate)
-        seen = _seen(call, n, start, end, gate)
+        seen = call.seen(n, start, end, None if gate is None else gate.total_NC)
         n = seen[:, -1]
         outputs.put(start, end, (A @ v).baddbmm_(q if gate is None else q * gate.from_start_NK1, state), seen)
         if gate is not None:

@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from outlast.attention._backward import backward
 from outlast.attention._chunks import Call, full_precision
 from outlast.attention._forward import Run, forward
+from outlast.attention._kernels import agrees, applies, find_kernel, run_kernel
 from outlast.attention._maps import MAPS
 from outlast.errors import UnsupportedError
 
@@ -241,6 +242,15 @@ def linear_attention(
     S, z, c, n = (None, None, None, None) if state is None else state
     if not torch.compiler.is_compiling() and _has_tangent(q_NGLd, k_NLd, v_NLD, W, log_gate_NL, S, z):
         raise UnsupportedError("linear attention has no forward-mode derivative; use reverse mode")
-    return Run(
-        *_operator(q_NGLd, k_NLd, v_NLD, W, keep_NL, log_gate_NL, S, z, c, n, feature_map, denominator, causal, scale, chunk_size, eps)
-    )
+    settings = (feature_map, denominator, causal, scale, chunk_size, eps)
+    if applies(q_NGLd, feature_map=feature_map, causal=causal):
+        kernel = find_kernel()
+        call = Call(q_NGLd, k_NLd, v_NLD, W, keep_NL, log_gate_NL, feature_map, causal, scale, chunk_size)
+        if kernel is not None and agrees(kernel, _engine, call, denominator, eps):
+            with full_precision(q_NGLd.device):
+                return run_kernel(kernel, call, S, z, n, denominator, eps)
+    return _engine(q_NGLd, k_NLd, v_NLD, W, keep_NL, log_gate_NL, S, z, c, n, *settings)
+
+
+def _engine(*args: Any) -> Run:
+    return Run(*_operator(*args))

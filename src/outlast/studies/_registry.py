@@ -21,6 +21,8 @@ _STUDIES = {
     "mixup": "outlast.studies.mixup:STUDY",
     "mixup-theory": "outlast.studies.mixup_theory:STUDY",
     "group-invariance": "outlast.studies.group_invariance:STUDY",
+    "performer": "outlast.studies.performer:STUDY",
+    "rfa": "outlast.studies.rfa:STUDY",
 }
 
 

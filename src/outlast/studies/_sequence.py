@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from outlast.attention import FavorAttention, RandomFeatureAttention, redraw_after_steps, rfa_parameter_groups
 
-Kind = Literal["exact", "positive", "smreg", "relu", "elu1", "rfa", "rfa-gate", "rfa-arccos"]
+Kind = Literal["none", "exact", "positive", "smreg", "relu", "elu1", "rfa", "rfa-gate", "rfa-arccos"]
 _RFA = {"rfa": "gaussian", "rfa-gate": "gaussian", "rfa-arccos": "arccos"}
 
 
@@ -39,6 +39,13 @@ class Exact(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=is_causal)
 
 
+class Nothing(nn.Module):
+    """No attention: what the rest of the model can do alone."""
+
+    def forward(self, x: Tensor, padding: Tensor | None, is_causal: bool) -> Tensor:
+        return torch.zeros_like(x)
+
+
 class Random(nn.Module):
     """A whole layer of random feature attention, in the form of :class:`Projected`."""
 
@@ -54,6 +61,8 @@ class Random(nn.Module):
 
 def attention(kind: Kind, width: int, heads: int, features: int, *, layer: int, redraw: int | None) -> nn.Module:
     """One attention layer, called as ``(x, padding, is_causal)``."""
+    if kind == "none":
+        return Nothing()
     if kind in _RFA:
         return Random(
             RandomFeatureAttention(
