@@ -223,3 +223,42 @@ def test_dimension_mistakes_are_one_line(tmp_path, words, code, says):
     assert done.returncode == code
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_padding_names_what_leans_and_where_nothing_does(tmp_path):
+    done = outlast("diagnose", "padding", "torchvision:resnet18", "--suggest", "2", "--foveation", tmp_path / "reach.svg")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "16 of 42 layers and axes lean; last map off centre by -31, -31 px" in done.stdout
+    assert "layer4.0.downsample.0  conv      h+w" in done.stdout
+    assert "size 225x225: clean, 1.01 of the pixels" in done.stdout
+    assert "</svg>" in (tmp_path / "reach.svg").read_text()
+    fails = ("diagnose", "padding", "torchvision:resnet18", "--fail-on", "skew")
+    assert outlast(*fails).returncode == 1
+    assert outlast(*fails, "--limit", "16").returncode == 0
+    assert outlast(*fails, "--size", "225x257").returncode == 0
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(1, 1, 3, 2, 1)\nmodel = build()\n")
+    for name in ("build", "model"):
+        done = outlast("diagnose", "padding", f"mine:{name}", "--size", "9", "--channels", "1", "--json", PYTHONPATH=str(tmp_path))
+        found = json.loads(done.stdout)
+        assert found["report"]["grid_skew_px"] == [0.0, 0.0]
+        assert found["suggestions"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["resnet18"], "torchvision:NAME, timm:NAME or module:callable"),
+        (["torchvision:resnet19"], "no model 'resnet19'"),
+        (["timm:nothing"], "no model 'nothing'"),
+        (["no_such:model"], "no model at 'no_such:model'"),
+        (["json:JSONDecoder"], "not a torch.nn.Module"),
+        (["torchvision:resnet18", "--size", "big"], "--size takes a length or HxW"),
+        (["torchvision:resnet18", "--size", "0"], "input_size"),
+        (["torchvision:alexnet", "--size", "20"], "smaller than a window"),
+    ],
+)
+def test_padding_mistakes_are_one_line_and_exit_2(words, says):
+    done = outlast("diagnose", "padding", *words)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

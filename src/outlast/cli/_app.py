@@ -10,7 +10,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -282,7 +282,7 @@ def dimension(
         raise ValueError(f"--k takes integers separated by commas, got {k!r}") from error
     result = estimate(read_rows(data, split), method, ks, anchors=anchors, bootstrap=bootstrap, seed=seed)  # pyright: ignore[reportArgumentType]
     if figure is not None:
-        from outlast.cli._dimension import write_figure
+        from outlast.cli._figure import write_figure
 
         write_figure(result, figure)
     if json_:
@@ -290,6 +290,40 @@ def dimension(
     else:
         print_dimension(result)
     return OK
+
+
+@diagnose_app.command
+def padding(
+    model: Annotated[str, Parameter(help="torchvision:NAME, timm:NAME, or module:callable that gives a model.")],
+    /,
+    *,
+    size: Annotated[str, Parameter(help="Input size: a length for squares, or HxW.")] = "224",
+    channels: Annotated[int, Parameter(help="Of the input.")] = 3,
+    suggest: Annotated[int, Parameter(help="Name this many clean sizes near by.")] = 0,
+    fail_on: Annotated[Literal["skew"] | None, Parameter(help="skew: exit with 1 where a layer leans.")] = None,
+    limit: Annotated[float, Parameter(help="Lean in pixels of the input that --fail-on skew lets pass.")] = 0.0,
+    reach: Annotated[Path | None, Parameter(name="--foveation", help="Draw how far each pixel reaches (.png, .svg, .pdf).")] = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on standard output, nothing else.")] = False,
+    traceback: Traceback = False,
+) -> int:
+    """Find the layers of a model that treat the sides of an image unequally, and input sizes at which none does."""
+    from outlast.cli._padding import one_line_warnings, print_padding, read_model, read_size
+    from outlast.diagnose.padding import audit, foveation, suggest_sizes
+
+    with one_line_warnings():
+        network, sizes = read_model(model), read_size(size)
+        report = audit(network, (channels, *sizes))
+        suggestions = suggest_sizes(network, sizes, suggest, channels=channels) if suggest else []
+    if reach is not None:
+        from outlast.cli._figure import write_figure
+
+        write_figure(foveation(network, (channels, *sizes)), reach)
+    if json_:
+        print(json.dumps({"report": report.to_dict(), "suggestions": [each.to_dict() for each in suggestions]}, allow_nan=False))
+    else:
+        print_padding(report, suggestions)
+    worst = max((abs(row.skew_input_px) for row in report.layers), default=0.0)
+    return FAILURE if fail_on == "skew" and worst > limit else OK
 
 
 def run_command(words: Sequence[str]) -> int:

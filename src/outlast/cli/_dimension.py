@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlast._core._extras import require
 from outlast.errors import DamagedFileError, MissingDataError
 
 if TYPE_CHECKING:
@@ -82,16 +81,3 @@ def print_dimension(result: DimensionResult) -> None:
     lines += result.notes
     for line in lines:
         console.print(Text(line))
-
-
-def write_figure(result: DimensionResult, path: Path) -> None:
-    """Draw the estimate over k.
-
-    Raises:
-        ValueError: a suffix that matplotlib does not write.
-    """
-    figure_module = require("matplotlib.figure", extra="report", purpose="--figure")
-    figure = figure_module.Figure(figsize=(6, 4), layout="constrained")
-    result.plot(figure.subplots())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -1,0 +1,393 @@
+"""Which spatial operations a model runs, read from one pass without data: every operator is seen, also those that no module owns.
+
+The pass runs on the meta device, where tensors have shapes and no numbers, so it costs no arithmetic. What comes out is a small graph of
+windows, pads and resizes that other input sizes can be replayed on with integers alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from outlast._core._norm import eval_mode
+from outlast.errors import OutlastWarning, UnsupportedError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on the spatial axes.
+
+    Attributes:
+        kind: ``"input"``, ``"window"``, ``"transposed"``, ``"pad"``, ``"resize"``, ``"global"`` or ``"join"``.
+        name: of the module that ran it.
+        op: as it is printed, such as ``"conv"`` or ``"max_pool"``.
+        sources: numbers of the steps it reads.
+        sizes: lengths of the axes before and after, as traced.
+        axes: for each spatial axis what the operation does there.
+        mode: of padding, for pads.
+        ceil_mode: of pooling.
+        weights: for joins, what each source counts; empty for 1 each.
+    """
+
+    kind: str
+    name: str
+    op: str
+    sources: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    axes: tuple[Mapping[str, int], ...] = ()
+    mode: str = "zeros"
+    ceil_mode: bool = False
+    weights: tuple[float, ...] = ()
+
+
+@dataclass
+class Graph:
+    """Steps in the order in which they ran; the first are the inputs."""
+
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which step a tensor comes from, and which of its dimensions (counted from the end) are spatial."""
+
+    step: int
+    dims: tuple[int, ...]
+
+
+def spatial_sizes(tensor: Tensor, dims: Sequence[int]) -> tuple[int, ...]:
+    """Lengths of the spatial dimensions."""
+    return tuple(int(tensor.shape[dim]) for dim in dims)
+
+
+def _without_memory(model: nn.Module) -> nn.Module:
+    """The model with the same tensors and objects of its own, since detectors keep anchors of the device that they ran on last."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception:  # sharded modules refuse to be copied
+        return model
+
+
+_Running = tuple[nn.Module, Tensor | None]  # a module and its first input
+
+
+class _Reader(TorchDispatchMode):
+    """Follows places through operators and writes down the spatial ones."""
+
+    def __init__(self, graph: Graph, running: list[_Running], names: Mapping[nn.Module, str]) -> None:
+        super().__init__()
+        self.graph, self.running, self.names = graph, running, names
+        self.places: Any = WeakTensorKeyDictionary()
+
+    def begin(self, tensor: Tensor, rank: int) -> None:
+        dims = tuple(range(-rank, 0))
+        size = spatial_sizes(tensor, dims)
+        self.graph.steps.append(Step("input", "", "input", (), size, size))
+        self.places[tensor] = _Place(len(self.graph.steps) - 1, dims)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._follow(func.overloadpacket, args, kwargs, out)
+        return out
+
+    def _follow(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
+        first = out[0] if isinstance(out, tuple | list) and out else out
+        if not isinstance(first, Tensor):
+            return
+        spatial = _SPATIAL.get(op)
+        if spatial is not None:
+            place = self.places.get(args[0]) or self._padded_inside(op, args[0])
+            if place is not None:
+                self._add(spatial(args, kwargs), place, args[0], first)
+            return
+        inputs = [t for t in _tensors(args) if t in self.places]
+        if not inputs:
+            return
+        if op in (aten.permute, aten.transpose, aten.t):
+            self._permute(op, args, first, self.places[inputs[0]])
+            return
+        outputs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        for each in outputs:
+            self._inherit(op, inputs, each)
+
+    def _padded_inside(self, op: Any, padded: Tensor) -> _Place | None:
+        """The place of what a convolution with a padding mode made of its input: torch wraps by copying, ours by indexing."""
+        module, given = self.running[-1] if self.running else (None, None)
+        if op is not aten.convolution or given is None or not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return None
+        place, mode = self.places.get(given), module.padding_mode
+        if place is None or mode == "zeros":
+            return None
+        amounts = list(module._reversed_padding_repeated_twice)
+        pairs = list(zip(amounts[::2], amounts[1::2], strict=True))[::-1]
+        axes = [{"left": left, "right": right} for left, right in pairs]
+        self._add({"kind": "pad", "op": f"pad_{mode}", "axes": axes, "mode": mode}, place, given, padded)
+        return self.places[padded]
+
+    def _inherit(self, op: Any, inputs: list[Tensor], out: Tensor) -> None:
+        """Elementwise operators, normalisation, products over channels: the place stays where the spatial sizes do."""
+        found: list[_Place] = []
+        for tensor in inputs:
+            place = self.places[tensor]
+            fits = out.ndim >= max(-dim for dim in place.dims) and spatial_sizes(out, place.dims) == spatial_sizes(tensor, place.dims)
+            if fits and (out.ndim == tensor.ndim or place.dims == tuple(range(-len(place.dims), 0))):
+                found.append(place)
+        if not found:
+            return
+        steps = tuple(dict.fromkeys(place.step for place in found))
+        if len(steps) > 1:
+            sizes = spatial_sizes(out, found[0].dims)
+            weights: tuple[float, ...] = ()
+            if op is aten.cat:  # a mean over channels follows: sources count by their channels
+                channels = dict.fromkeys(steps, 0.0)
+                for tensor in inputs:
+                    channels[self.places[tensor].step] = channels.get(self.places[tensor].step, 0.0) + tensor.shape[1]
+                weights = tuple(channels[step] / out.shape[1] for step in steps)
+            name = str(op).rpartition(".")[2]
+            self.graph.steps.append(Step("join", self._name(), name, steps, sizes, sizes, weights=weights))
+            self.places[out] = _Place(len(self.graph.steps) - 1, found[0].dims)
+        else:
+            self.places[out] = found[0]
+
+    def _permute(self, op: Any, args: Any, out: Tensor, place: _Place) -> None:
+        ndim = out.ndim
+        if op is aten.permute:
+            order = [int(dim) % ndim for dim in args[1]]
+        else:
+            order = list(range(ndim))
+            one, two = (int(dim) % ndim for dim in (args[1:3] if op is aten.transpose else (0, 1)))
+            order[one], order[two] = order[two], order[one]
+        where = {source: target for target, source in enumerate(order)}
+        self.places[out] = _Place(place.step, tuple(where[dim % ndim] - ndim for dim in place.dims))
+
+    def _name(self) -> str:
+        return self.names[self.running[-1][0]] if self.running and self.running[-1][0] in self.names else ""
+
+    def _add(self, found: dict[str, Any], place: _Place, source: Tensor, out: Tensor) -> None:
+        rank = len(place.dims)
+        before, after = spatial_sizes(source, place.dims), spatial_sizes(out, place.dims)
+        axes = tuple(dict(axis) for axis in found.pop("axes"))
+        if len(axes) != rank:
+            axes = axes[-rank:] if len(axes) > rank else axes + ({},) * (rank - len(axes))
+        self.graph.steps.append(Step(name=self._name(), sources=(place.step,), before=before, after=after, axes=axes, **found))
+        self.places[out] = _Place(len(self.graph.steps) - 1, place.dims)
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, tuple | list):
+            found += [t for t in arg if isinstance(t, Tensor)]
+    return found
+
+
+def _argument(args: Any, index: int, default: Any) -> Any:
+    return args[index] if len(args) > index else default
+
+
+def _each(value: Any, rank: int) -> list[int]:
+    """A setting for each axis."""
+    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+    return values * rank if len(values) == 1 else values
+
+
+def _convolution(args: Any, _: Any) -> dict[str, Any]:
+    weight, stride, padding, dilation, is_transposed, output_padding = args[1], *args[3:8]
+    rank = weight.ndim - 2
+    stride, padding, dilation, output_padding = (_each(v, rank) for v in (stride, padding, dilation, output_padding))
+    if is_transposed:
+        axes = [
+            {
+                "kernel": int(weight.shape[2 + i]),
+                "stride": stride[i],
+                "dilation": dilation[i],
+                "pad": padding[i],
+                "extra": output_padding[i],
+            }
+            for i in range(rank)
+        ]
+        return {"kind": "transposed", "op": "conv_transpose", "axes": axes}
+    axes = [
+        {"kernel": int(weight.shape[2 + i]), "stride": stride[i], "dilation": dilation[i], "left": padding[i], "right": padding[i]}
+        for i in range(rank)
+    ]
+    return {"kind": "window", "op": "conv", "axes": axes}
+
+
+def _pool(op: str, rank: int, has_dilation: bool) -> Callable[[Any, Any], dict[str, Any]]:
+    def read(args: Any, kwargs: Any) -> dict[str, Any]:
+        kernel = _each(args[1], rank)
+        stride = _each(_argument(args, 2, None) or kernel, rank)
+        padding = _each(_argument(args, 3, 0), rank)
+        dilation = _each(_argument(args, 4, 1) if has_dilation else 1, rank)
+        ceil_mode = bool(_argument(args, 5 if has_dilation else 4, kwargs.get("ceil_mode", False)))
+        axes = [
+            {"kernel": kernel[i], "stride": stride[i], "dilation": dilation[i], "left": padding[i], "right": padding[i]}
+            for i in range(rank)
+        ]
+        return {"kind": "window", "op": op, "axes": axes, "ceil_mode": ceil_mode}
+
+    return read
+
+
+def _pad(mode: str) -> Callable[[Any, Any], dict[str, Any]]:
+    def read(args: Any, _: Any) -> dict[str, Any]:
+        amounts = [int(v) for v in args[1]]
+        pairs = list(zip(amounts[::2], amounts[1::2], strict=True))[::-1]  # the last axis comes first
+        return {"kind": "pad", "op": f"pad_{mode}", "axes": [{"left": left, "right": right} for left, right in pairs], "mode": mode}
+
+    return read
+
+
+def _resize(args: Any, _: Any) -> dict[str, Any]:
+    return {"kind": "resize", "op": "resize", "axes": []}
+
+
+def _global(args: Any, _: Any) -> dict[str, Any]:
+    return {"kind": "global", "op": "adaptive_pool", "axes": []}
+
+
+_SPATIAL: dict[Any, Callable[[Any, Any], dict[str, Any]]] = {
+    aten.convolution: _convolution,
+    aten.max_pool2d_with_indices: _pool("max_pool", 2, True),
+    aten.max_pool3d_with_indices: _pool("max_pool", 3, True),
+    aten.avg_pool2d: _pool("avg_pool", 2, False),
+    aten.avg_pool3d: _pool("avg_pool", 3, False),
+    aten.constant_pad_nd: _pad("zeros"),
+    aten.reflection_pad1d: _pad("reflect"),
+    aten.reflection_pad2d: _pad("reflect"),
+    aten.reflection_pad3d: _pad("reflect"),
+    aten.replication_pad1d: _pad("replicate"),
+    aten.replication_pad2d: _pad("replicate"),
+    aten.replication_pad3d: _pad("replicate"),
+    aten._adaptive_avg_pool2d: _global,
+    aten._adaptive_avg_pool3d: _global,
+    aten.adaptive_max_pool2d: _global,
+    aten.adaptive_max_pool3d: _global,
+    **{
+        getattr(aten, name): _resize
+        for name in (
+            "upsample_nearest1d",
+            "upsample_nearest2d",
+            "upsample_nearest3d",
+            "_upsample_nearest_exact2d",
+            "upsample_bilinear2d",
+            "upsample_bicubic2d",
+            "upsample_linear1d",
+            "upsample_trilinear3d",
+            "_upsample_bilinear2d_aa",
+        )
+    },
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and data parallelism."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and len(list(model.children())) == 1:
+            return unwrapped(inner)
+    return model
+
+
+@contextmanager
+def _running_modules(stack: list[_Running], names: Mapping[nn.Module, str]) -> Generator[None]:
+    """Keeps the modules that are running, with what they were given."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module in names:
+            stack.append((module, args[0] if args and isinstance(args[0], Tensor) else None))
+
+    def leave(module: nn.Module, _args: Any, _out: Any) -> None:
+        if module in names:
+            stack.pop()
+
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_TOO_SMALL = ("Kernel size can't be greater", "Calculated padded input size", "Output size is too small", "should be less than")
+
+
+def trace(
+    model: nn.Module,
+    input_size: Sequence[int],
+    *,
+    batch: int = 1,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Graph:
+    """Run the model once and write down what happens on the spatial axes.
+
+    Args:
+        model: left as it is: parameters, buffers, flags and the random generator.
+        input_size: channels and spatial sizes, ``(C, H, W)``, ``(C, L)`` or ``(C, D, H, W)``.
+        batch: images in the pass.
+        args: further positional arguments of the model.
+        kwargs: keyword arguments.
+
+    Raises:
+        ValueError: the input is smaller than a window; the message names the layer.
+        UnsupportedError: the model runs neither without data nor on zeros.
+    """
+    inner = unwrapped(model)
+    failure: Exception | None = None
+    for device in ("meta", "cpu"):
+        graph, stack = Graph(), list[_Running]()
+        runner = _without_memory(inner)
+        names = {module: name for name, module in runner.named_modules()}
+        weights: dict[str, Tensor] = {}
+        if device == "meta":
+            weights = {
+                name: torch.empty_like(value, device="meta") for name, value in (*runner.named_parameters(), *runner.named_buffers())
+            }
+        rest = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args or ()]
+        named = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in (kwargs or {}).items()}
+        with torch.no_grad(), eval_mode(runner), torch.random.fork_rng(devices=[]), _running_modules(stack, names):
+            dtype = next((value.dtype for value in runner.parameters() if value.is_floating_point()), torch.get_default_dtype())
+            x = torch.zeros(batch, *input_size, device=device, dtype=dtype)
+            reader = _Reader(graph, stack, names)
+            reader.begin(x, len(input_size) - 1)
+            try:
+                with reader:
+                    if device == "meta":
+                        torch.func.functional_call(runner, weights, (x, *rest), named)
+                    else:
+                        runner(x, *rest, **named)
+                return graph
+            except Exception as error:
+                failure = error
+                if any(words in str(error) for words in _TOO_SMALL):
+                    last = graph.steps[-1].name
+                    raise ValueError(f"an input of {tuple(input_size)} is smaller than a window after layer {last!r}: {error}") from error
+        if device == "meta":
+            message = f"the model cannot run without data ({_first_line(failure)}); real zeros are used"
+            warnings.warn(message, OutlastWarning, stacklevel=3)
+    raise UnsupportedError(f"the model runs neither without data nor on zeros: {_first_line(failure)}") from failure
+
+
+def _first_line(error: Exception | None) -> str:
+    return str(error).strip().split("\n")[0][:200]
