@@ -569,6 +569,7 @@ def sentences_cell(config: Sentences, seed: int, context: Context) -> Outcome:
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = require("transformers", extra="text", purpose="the part 'sentences'")
+    require("transformers.utils.logging", extra="text", purpose="the part 'sentences'").disable_progress_bar()  # of 103 tensors
     folder = str(find_encoder())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     exact = transformers.AutoModel.from_pretrained(folder).eval()

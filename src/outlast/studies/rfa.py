@@ -206,7 +206,7 @@ _LANGUAGE = Part(
     scales={
         "quick": Scale(
             arms=("exact", "rfa", "rfa-gate"),
-            changes={"variant": "small", "width": 32, "batch": 8, "steps": 300, "features": 16, "test_windows": 64},
+            changes={"variant": "small", "width": 32, "batch": 8, "steps": 200, "features": 16, "test_windows": 64},
             data=(("novels", "small"),),
             dropped="most of the training, four kinds of attention",
             minutes=0.4,
