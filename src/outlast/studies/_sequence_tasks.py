@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -162,6 +164,19 @@ def listops_cell(config: ListOps, seed: int, context: Context) -> Outcome:
     return Outcome({"accuracy": 100.0 * hits / config.test_count, "milliseconds": milliseconds})
 
 
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Timings on one thread, whatever the run has: starting a second one takes longer than a small step."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Decoding(Settings):
     """One more position after a prefix, with random queries, keys and values."""
 
@@ -170,7 +185,7 @@ class Decoding(Settings):
     heads: int = Field(default=8, ge=1)
     head_dim: int = Field(default=64, ge=1)
     features: int = Field(default=64, ge=1)
-    repeats: int = Field(default=60, ge=3)
+    repeats: int = Field(default=200, ge=3)
 
 
 DECODING_METRICS = (
@@ -211,9 +226,9 @@ def decoding_cell(config: Decoding, seed: int, context: Context) -> Outcome:
         _, state = attend(q, k, v, return_state=True, **settings)
         step, numbers = lambda: attend(*new, state=state, return_state=True, **settings), sum(part.numel() for part in state)
     times: list[float] = []
-    with torch.no_grad():
-        for _ in range(config.repeats + 5):
+    with torch.no_grad(), one_thread():
+        for _ in range(config.repeats + 20):
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
-    return Outcome({"milliseconds": 1e3 * statistics.median(times[5:]), "kilobytes": 4e-3 * numbers})
+    return Outcome({"milliseconds": 1e3 * statistics.median(times[20:]), "kilobytes": 4e-3 * numbers})
