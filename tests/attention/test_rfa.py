@@ -90,7 +90,7 @@ def test_constant_values_stay(feature_map, gated):
     v = torch.full((2, 3, 16, 2), 1.3)
     log_gate = gates(dtype=torch.float32) if gated else None
     out = rfa_attention(q, k, v, is_causal=True, projection=W, feature_map=feature_map, log_gate=log_gate)
-    assert torch.allclose(out, torch.full_like(out, 1.3), atol=1e-4)
+    assert torch.allclose(out, torch.full_like(out, 1.3), atol=1e-5)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outlast._core._checks import choice, integer, real
+from outlast._core._checks import integer, real
 from outlast.attention._maps import MAPS
 from outlast.errors import UnsupportedError
 
@@ -53,11 +53,10 @@ def checked(
     """Check one call and bring it into the engine's shapes.
 
     Raises:
-        ValueError: shapes that do not fit, a mask that cannot be factored, an unknown feature map, a scale or chunk size out of range.
+        ValueError: shapes that do not fit, a mask that cannot be factored, a scale or chunk size out of range.
         TypeError: integer or mixed dtypes.
         UnsupportedError: dropout.
     """
-    choice("feature_map", feature_map, tuple(name for name in MAPS if name != "given"))
     integer("chunk_size", chunk_size, low=1)
     if not torch.compiler.is_compiling():  # there, a changing float has no value to look at
         real("dropout_p", dropout_p, low=0.0, high=1.0)

@@ -166,8 +166,7 @@ def attention_error(
             f"the estimate is {100 * result.rel_error:.0f} % away from exact attention (the mean of the values: "
             f"{100 * result.uniform_error:.0f} %)"
             f"{effective}. Norms of queries and keys are {result.query_norm:.1f} and {result.key_norm:.1f}: where they are large, "
-            f"more features help "
-            "little; train with this attention, or keep exact attention here"
+            "more features help little; train with this attention, or keep exact attention here"
         )
         warnings.warn(message, OutlastWarning, stacklevel=2)
     return result

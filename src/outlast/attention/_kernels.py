@@ -1,7 +1,8 @@
 """An optional backend on CUDA: the Triton kernels of flash-linear-attention for causal attention with bounded features.
 
 Used where that package (``fla``) is installed and has agreed with the engine, forward and backward, on a small random problem of the same
-kind on the same device; otherwise, and for maps whose stabiliser must not see later keys, the engine runs. Nobody has to ask for it.
+kind on the same device; otherwise, and for maps whose stabiliser must not see later keys, the engine runs. Nobody has to ask for it. Unlike
+the engine it keeps the features of all rows for the backward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outlast.attention._chunks import Call
+from outlast.attention._chunks import Call, full_precision
 from outlast.attention._forward import Run, divide, inverse
 from outlast.errors import OutlastWarning
 
@@ -135,7 +136,8 @@ def _difference(kernel: Kernel, engine: Callable[..., Run], call: Call, denomina
     small = Call(q, k, v, W, keep, gate, call.map.name, True, call.scale, call.chunk)
     with torch.enable_grad():
         ours = engine(q, k, v, W, keep, gate, None, None, None, None, call.map.name, denominator, True, call.scale, call.chunk, eps)
-        theirs = run_kernel(kernel, small, None, None, None, denominator, eps)
+        with full_precision(q.device):
+            theirs = run_kernel(kernel, small, None, None, None, denominator, eps)
         pairs = [(ours.out_NGLD, theirs.out_NGLD), (ours.S_NRD, theirs.S_NRD)]
         gradients = [torch.autograd.grad(run.out_NGLD.float().square().sum(), inputs, retain_graph=True) for run in (ours, theirs)]
     pairs += list(zip(*gradients, strict=True))

@@ -270,9 +270,8 @@ def _compare(own: Tensor, control: Tensor, inputs: Mapping[str, Any], tolerance:
     difference = float((own - control).abs().max() / own.abs().max().clamp_min(1e-12))
     if not difference <= tolerance:  # NaN included
         raise UnsupportedError(
-            f"exact attention through the hooks differs from the model's own by {difference:.1e} (at most {tolerance:g}): the "
-            f"model's attention does "
-            "something that the hooks do not see, so it cannot be converted"
+            f"exact attention through the hooks differs from the model's own by {difference:.1e} (at most {tolerance:g}): "
+            "the model's attention does something that the hooks do not see, so it cannot be converted"
         )
 
 

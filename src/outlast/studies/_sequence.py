@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outlast.attention import FavorAttention, RandomFeatureAttention, redraw_after_steps, rfa_parameter_groups
+from outlast.studies._sequence_tasks import Kind
 
-Kind = Literal["none", "exact", "positive", "smreg", "relu", "elu1", "rfa", "rfa-gate", "rfa-arccos"]
 _RFA = {"rfa": "gaussian", "rfa-gate": "gaussian", "rfa-arccos": "arccos"}
 
 
