@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from outlast.diagnose import padding
 from outlast.diagnose.padding._arithmetic import same_padding, transposed, window
+from outlast.diagnose.padding._probe import _grid
 from outlast.errors import OutlastWarning, UnsupportedError
 
 torchvision = pytest.importorskip("torchvision")
@@ -594,6 +596,7 @@ def test_probe_finds_a_blind_edge():
     found = padding.probe(Blind(), stimulus, scenes, padding.heat_map(0, 1.0, 2.0), stride=5, batch_size=7)
     assert found.rows[-1] == 28
     assert found.columns[-1] == 36  # the far edge is always among the places
+    assert found.columns == (0, 5, 10, 15, 18, 21, 26, 31, 36)  # the same from both sides
     assert found.centre == 1.0
     top, bottom, left, right = found.bands
     assert (left, right) == (1.0, 0.0)
@@ -602,6 +605,15 @@ def test_probe_finds_a_blind_edge():
     assert found.blind == pytest.approx(float((found.scores < 0.5).double().mean()))
     half = padding.probe(nn.Identity(), stimulus, scenes[0], padding.heat_map(0, 1.0, 2.0), alpha=torch.full((4, 4), 0.25))
     assert torch.allclose(half.scores, torch.full_like(half.scores, 0.25))
+
+
+def test_places_of_the_probe_mirror_and_leave_no_gap():
+    for last in range(70):
+        for stride in range(1, 9):
+            places = _grid(last, stride)
+            assert places == [last - place for place in reversed(places)]
+            assert places[0] == 0
+            assert max((b - a for a, b in pairwise(places)), default=0) <= stride
 
 
 def test_ready_made_scores():

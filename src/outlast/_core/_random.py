@@ -23,7 +23,7 @@ def generator(seed: int, name: str, index: int = 0, *, device: torch.device | st
 
 
 def haar_orthogonal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Orthogonal matrices, uniform (Haar) on the orthogonal group; the last two of ``shape`` are equal.
+    """Matrices ``(..., d, k)`` with k <= d orthonormal columns, uniform (Haar): orthogonal ones where k = d.
 
     LAPACK fixes signs in its QR factorisation, so its Q alone is not uniform: an estimator that is not even in the rows, such as
     positive random features, would be biased. Multiplying column j by the sign of R_jj makes the factorisation unique, hence Haar

@@ -127,3 +127,43 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, chunk: int = 2
         hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(chunk), labels.split(chunk), strict=True))
     model.train(training)
     return 100.0 * hits / len(labels)
+
+
+class Square(nn.Module):
+    """``x * x``, entry by entry."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class SumLast(nn.Module):
+    """Sums the last axis in ``blocks`` equal stretches, divided by a constant: ``(n, channels, d)`` to ``(n, channels * blocks)``."""
+
+    def __init__(self, blocks: int, divisor: float = 1.0) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self._divisor = divisor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unflatten(-1, (self._blocks, -1)).sum(-1) / self._divisor).flatten(1)
+
+
+def gaussian_dense(inputs: int, hidden: int, activation: nn.Module) -> nn.Sequential:
+    """Two dense layers with Gaussian weights of scale 1/sqrt(fan-in): a training of it by SGD is blind to rotations."""
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), activation, nn.Linear(hidden, 1))
+    for module in layers:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+    return layers
+
+
+def circular_conv(inputs: int, channels: int, activation: nn.Module, *, blocks: int = 1, divisor: float = 1.0) -> nn.Sequential:
+    """A circular convolution of width 3, the activation, sums over blocks of the input, and a linear layer; for vectors."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, inputs)),
+        nn.Conv1d(1, channels, 3, padding=1, padding_mode="circular"),
+        activation,
+        SumLast(blocks, divisor),
+        nn.Linear(channels * blocks, 1),
+    )

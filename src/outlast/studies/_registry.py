@@ -23,6 +23,8 @@ _STUDIES = {
     "group-invariance": "outlast.studies.group_invariance:STUDY",
     "performer": "outlast.studies.performer:STUDY",
     "rfa": "outlast.studies.rfa:STUDY",
+    "padding": "outlast.studies.padding:STUDY",
+    "sample-efficiency": "outlast.studies.sample_efficiency:STUDY",
 }
 
 

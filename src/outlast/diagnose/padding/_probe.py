@@ -71,7 +71,7 @@ def probe(
         backgrounds: ``(n, channels, H, W)``, or one without n.
         score: ``score(output, places)`` gives one number for each image, shape ``(batch,)``; ``places`` are the centres of the stimulus,
             ``(batch, 2)`` as (y, x) in pixels. Ready-made: :func:`class_logit`, :func:`heat_map`, :func:`detection`.
-        stride: pixels between places.
+        stride: pixels between places, counted from both edges to the middle, so that opposite edges compare.
         batch_size: images at a time.
         alpha: opacity of the stimulus, ``(h, w)`` or its shape; 1 everywhere.
         rel: a place counts as blind below this share of the centre's score.
@@ -95,10 +95,7 @@ def probe(
     H, W = scenes.shape[2:]
     if h > H or w > W or not len(scenes):
         raise ValueError(f"a stimulus of {h}x{w} does not fit into {len(scenes)} backgrounds of {H}x{W}")
-    rows, columns = ([*range(0, size - extent + 1, stride)] for size, extent in ((H, h), (W, w)))
-    for places, last in ((rows, H - h), (columns, W - w)):
-        if places[-1] != last:
-            places.append(last)  # the far edge is where blind spots are
+    rows, columns = _grid(H - h, stride), _grid(W - w, stride)
     device = device_of(model)
     opacity = torch.ones(1, h, w) if alpha is None else alpha.expand(1, h, w) if alpha.ndim == 2 else alpha
     grid = [(y, x) for y in rows for x in columns]
@@ -131,6 +128,13 @@ def probe(
         bands=tuple(float(band.mean()) for band in (mean[:2], mean[-2:], mean[:, :2], mean[:, -2:])),  # pyright: ignore[reportArgumentType]
         argmin=(rows[low // len(columns)], columns[low % len(columns)]),
     )
+
+
+def _grid(last: int, stride: int) -> list[int]:
+    """Places every ``stride`` pixels from both ends to the middle: mirror symmetric, both edges included."""
+    lower = list(range(0, last // 2 + 1, stride))
+    middle = [last // 2, last - last // 2] if last - 2 * lower[-1] > stride else []
+    return sorted({*lower, *middle, *(last - place for place in lower)})
 
 
 def class_logit(index: int) -> Score:

@@ -1,0 +1,16 @@
+"""Equivariance: is a way of training blind to rotations, permutations, sign flips or shifts of its input?"""
+
+from outlast.diagnose.equivariance._coupled import equivariance_test
+from outlast.diagnose.equivariance._initialisation import SymmetryResult, initialisation_symmetry
+from outlast.diagnose.equivariance._results import EquivarianceResult, GroupVerdict
+from outlast.diagnose.equivariance._train import Trainer, train_with
+
+__all__ = [
+    "EquivarianceResult",
+    "GroupVerdict",
+    "SymmetryResult",
+    "Trainer",
+    "equivariance_test",
+    "initialisation_symmetry",
+    "train_with",
+]
