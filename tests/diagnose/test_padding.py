@@ -203,12 +203,7 @@ def test_wrapped_models_and_their_state_are_left_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
 
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    found = padding.audit(Wrapper(model), (3, 64, 64))
+    found = padding.audit(nn.DataParallel(model), (3, 64, 64))
     assert [row.name for row in found.layers][:2] == ["conv1", "conv1"]
     assert padding.audit(torch.compile(model), (3, 64, 64)).grid_skew_px == found.grid_skew_px
     assert flags == [module.training for module in model.modules()]
@@ -276,8 +271,137 @@ def test_sizes_are_replayed_and_not_run(monkeypatch):
     traced = []
     original = _audit.trace
     monkeypatch.setattr(_audit, "trace", lambda *args, **kwargs: traced.append(args) or original(*args, **kwargs))
-    padding.suggest_sizes(backbone("resnet18"), near=224)
-    assert len(traced) == 1
+    suggested = padding.suggest_sizes(backbone("resnet18"), near=224)
+    assert [args[1] for args in traced] == [(3, 224, 224), *((3, *each.size) for each in suggested)]  # only what is returned is run
+
+
+# ---- what is not followed is said ------------------------------------------------------------------------------------------
+
+
+class Called(nn.Module):
+    """Layers with a function of the map and of them."""
+
+    def __init__(self, function, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x, *self.layers)
+
+
+def conv(i=3, o=4, k=3, s=2, p=1):
+    return nn.Conv2d(i, o, k, s, p)
+
+
+@pytest.mark.parametrize(
+    ("model", "unread"),
+    [
+        (nn.Sequential(conv(), nn.PixelUnshuffle(2), conv(16)), ("2",)),
+        (Called(lambda x, c, d: d(c(x)[:, :, 1:-1, 1:-1]), conv(), conv(4)), ("layers.1",)),
+        (Called(lambda x, c: c(torch.cat([x[..., ::2, ::2], x[..., 1::2, 1::2]], 1)), conv(6)), ("layers.0",)),
+        (nn.Sequential(conv(), nn.FractionalMaxPool2d(2, output_ratio=0.5), conv(4)), ("2",)),
+        (Called(lambda x, c: c(torch.zeros(1, 3, 32, 32, device=x.device).copy_(x[..., :32, :32])), conv()), ("layers.0",)),
+    ],
+)
+def test_layers_behind_what_moves_pixels_are_not_called_clean(model, unread):
+    found = padding.audit(model, (3, 64, 64))
+    assert found.unread == unread
+    assert not found.is_even
+    assert "not judged: layer" in found.notes[-1]
+
+
+def test_gates_and_heads_of_known_networks_leave_nothing_unread():
+    for name in ("efficientnet_b0", "mobilenet_v3_large", "shufflenet_v2_x1_0", "swin_t", "squeezenet1_0", "convnext_tiny"):
+        assert padding.audit(backbone(name), (3, 224, 224)).unread == ()
+    timm = pytest.importorskip("timm")
+    for name in ("tf_efficientnet_b0", "seresnet18" if "seresnet18" in timm.list_models() else "seresnet50", "regnety_002"):
+        assert padding.audit(timm.create_model(name), (3, 224, 224)).unread == ()
+
+
+def test_explicit_circular_and_gathered_pads_are_followed():
+    one = nn.Sequential(nn.CircularPad2d(1), conv(p=0), conv(4))
+    two = Called(lambda x, c, d: d(c(padding.pad(x, (1, 1, 1, 1), "circular"))), conv(p=0), conv(4))
+    three = Called(lambda x, c, d: d(c(padding.pad(x, (1, 1, 1, 1), "symmetric"))), conv(p=0), conv(4))
+    four = Called(lambda x, c, d: d(c(padding.pad(x, (2, 2, 2, 2), "symmetric"))), conv(k=5, p=0), conv(4))
+    for model in (one, two, three, four):
+        found = padding.audit(model, (3, 64, 64))
+        assert found.unread == ()
+        assert found.grid_skew_px == (-3.0, -3.0)
+        assert found.layers[0].mode in ("circular", "symmetric", "replicate")
+
+
+def test_joins_with_a_global_branch_go_on_whatever_the_order():
+    def context(first):
+        def function(x, c, d):
+            y = c(x)
+            pooled = F.interpolate(F.adaptive_avg_pool2d(y, 1), size=y.shape[-2:])
+            return d(torch.cat([pooled, y] if first else [y, pooled], 1))
+
+        return function
+
+    for first in (True, False):
+        found = padding.audit(Called(context(first), conv(), conv(8)), (3, 64, 64))
+        assert len(found.layers) == 4
+        assert found.grid_skew_px == (-3.0, -3.0)
+
+
+def test_pools_to_a_fixed_size_keep_the_centre():
+    model = nn.Sequential(conv(), nn.AdaptiveAvgPool2d(8), conv(4))
+    found = padding.audit(model, (3, 64, 64))
+    assert [row.name for row in found.layers] == ["0", "0", "2", "2"]
+    assert found.layers[2].skew == -1
+    assert padding.foveation(model, (3, 64, 64), layer="2").map.shape == (64, 64)
+    with pytest.raises(ValueError, match="global mean"):
+        padding.foveation(nn.Sequential(conv(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 2, 1)), (3, 64, 64), layer="2")
+
+
+def test_a_users_module_with_a_child_named_module_is_run():
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = conv()
+
+        def forward(self, x):
+            return self.module(F.max_pool2d(x, 3, 2, 1))
+
+    assert padding.audit(Stem(), (3, 64, 64)).grid_skew_px == (-3.0, -3.0)
+
+
+def test_sizes_are_what_the_model_takes_and_what_they_say():
+    def pyramid(x, a, b, c, d):
+        fine = a(x)
+        coarse = c(b(fine))
+        return d(fine + F.interpolate(coarse, size=fine.shape[-2:]))
+
+    model = Called(pyramid, conv(), conv(4), nn.Conv2d(4, 4, 1), conv(4))
+    for each in padding.suggest_sizes(model, near=64):
+        found = padding.audit(model, (3, *each.size))
+        assert sum(abs(row.skew_input_px) for row in found.layers) == each.residual_skew
+    dense = nn.Sequential(conv(), conv(4), nn.Flatten(), nn.Linear(256, 10))
+    assert [each.size for each in padding.suggest_sizes(dense, near=32)] == [(29, 29)]  # 33 has another number of features
+    sizes = padding.suggest_sizes(nn.Conv2d(3, 4, (3, 2), 2, (1, 0)), near=224)
+    assert sizes[0].size in ((225, 224), (223, 224))
+    assert sizes[0].residual_skew == 0.0
+
+
+def test_clean_sizes_are_periodic():
+    model = backbone("resnet18")
+    from outlast.diagnose.padding._audit import replay
+    from outlast.diagnose.padding._trace import trace
+
+    graph = trace(model, (3, 224, 224))
+    skews = {n: [row.skew for row in replay(graph, 0, n)[0]] for n in range(32, 160)}
+    assert all(skews[n] == skews[n + 32] for n in range(32, 128))
+
+
+def test_one_more_column_only_mirrors_the_lean():
+    """Padding the starved side until no column is left over does not make a layer even: it leans the other way."""
+    for n in range(4, 40, 2):
+        before = window(n, 3, 2, 1, 1, 1)
+        after = window(n, 3, 2, 1, 1, 1 + 2 - 1)
+        assert (before.skew, after.skew) == (-1, 1)
+        assert after.out == before.out + 1
 
 
 # ---- 2, 3.4: foveation ----------------------------------------------------------------------------------------------------
@@ -599,7 +723,7 @@ def test_probe_finds_a_blind_edge():
     assert found.columns == (0, 5, 10, 15, 18, 21, 26, 31, 36)  # the same from both sides
     assert found.centre == 1.0
     top, bottom, left, right = found.bands
-    assert (left, right) == (1.0, 0.0)
+    assert (left, right) == (1.0, 0.5)  # one of the two last columns begins before the blind ones
     assert top == bottom < 1.0
     assert found.argmin[1] >= 32
     assert found.blind == pytest.approx(float((found.scores < 0.5).double().mean()))
@@ -662,3 +786,107 @@ def test_results_draw():
     bias.plot()
     bias.layers[0].plot()
     padding.probe(Blind(), torch.ones(1, 4, 4), torch.zeros(1, 32, 32), padding.heat_map(0, 1.0, 2.0)).plot()
+
+
+# ---- regressions of modes, maps and the probe ------------------------------------------------------------------------------
+
+
+def test_padding_in_inference_mode_or_under_a_tracer_spoils_nothing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for kind, settings in ((padding.Conv2d, {"padding_mode": "symmetric"}), (padding.PartialConv2d, {})):
+        layer = kind(1, 1, 5, padding=2, **settings)
+        x = torch.randn(1, 1, 11, 13)
+        with torch.inference_mode():
+            layer(x)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            layer(torch.empty(1, 1, 9, 7))
+        layer(x.requires_grad_()).sum().backward()
+        assert type(layer(torch.randn(1, 1, 9, 7))) is torch.Tensor
+
+
+def test_partial_models_are_seen_as_such():
+    model = nn.Sequential(conv(), nn.ReLU(), conv(4))
+    partial = padding.convert(model, "partial")
+    found = padding.audit(partial, (3, 33, 33))  # a warning (real zeros) would be an error
+    assert {row.mode for row in found.layers} == {"partial"}
+    assert torch.equal(padding.foveation(partial, (3, 33, 33)).map, padding.foveation(model, (3, 33, 33), mode="partial").map)
+    assert not torch.allclose(padding.foveation(partial, (3, 33, 33)).map, padding.foveation(model, (3, 33, 33)).map)
+
+
+def test_spatial_gates_count_as_one():
+    gated = Called(lambda x, a, g, b: b(a(x) * g(a(x)).sigmoid()), conv(), conv(4, 4, 7, 1, 3), conv(4))
+    plain = nn.Sequential(conv(), conv(4))
+    assert torch.allclose(padding.foveation(gated, (3, 33, 33)).map, padding.foveation(plain, (3, 33, 33)).map)
+
+
+def test_layers_take_torchs_positional_arguments():
+    layer = padding.Conv2d(1, 1, 3, 1, 1, 1, 1, True, "symmetric")
+    assert layer.padding_mode == "symmetric"
+    assert layer(torch.ones(1, 4, 4)).shape == (1, 4, 4)
+    assert padding.PartialConv2d(1, 1, 3, padding=1)(torch.ones(1, 4, 4)).shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="of its own"):
+        padding.PartialConv2d(1, 1, 3, padding=1, padding_mode="circular")
+    with pytest.raises(ValueError, match="padding_mode"):
+        padding.Conv1d(1, 1, 3, padding_mode="wrap")
+
+
+def test_conversion_goes_back_and_says_what_it_leaves():
+    pool = nn.AvgPool2d(3, 1, 1)
+    there = padding.convert(nn.Sequential(pool, conv()), "symmetric")
+    back = padding.convert(there, "zeros")
+    assert (there[0].count_include_pad, back[0].count_include_pad) == (False, True)
+
+    class Same(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+    with pytest.warns(OutlastWarning) as caught:
+        padding.convert(nn.Sequential(Same(3, 3, 3, 2), nn.ZeroPad2d(1), conv()), "symmetric")
+    assert ["'0' is a Same" in str(each.message) or "'1' pads by itself" in str(each.message) for each in caught] == [True, True]
+
+
+def test_scores_below_zero_and_odd_opacities():
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+    nn.init.zeros_(classifier[1].weight)
+    nn.init.constant_(classifier[1].bias, -4.0)
+    stimulus, scene = torch.ones(1, 4, 4), torch.zeros(1, 16, 16)
+    assert padding.probe(classifier, stimulus, scene, padding.class_logit(0)).blind == 0.0
+    for alpha in (torch.ones(3, 4), torch.full((4, 4), 2.0)):
+        with pytest.raises(ValueError, match="alpha must be"):
+            padding.probe(classifier, stimulus, scene, padding.class_logit(0), alpha=alpha)
+    with pytest.raises(ValueError, match="NaN"):
+        padding.probe(classifier, stimulus, scene, lambda output, places: output[:, 0] * math.nan)
+    found = padding.probe(nn.AvgPool2d(8), stimulus, torch.zeros(1, 64, 64), padding.heat_map(0, 8.0, 0.25))
+    assert bool(found.scores.isfinite().all())  # the nearest cell counts, however small the radius
+
+
+def test_single_bad_lines_and_half_precision_in_feature_maps():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    model = Dead()
+    model.conv.register_forward_hook(lambda module, args, out: out.clone().index_fill_(3, torch.tensor([5]), 0.0))
+    nn.init.constant_(model.conv.weight, 1.0)
+    found = padding.feature_bias(model, [torch.ones(8, 3, 16, 16)], ["conv"], flips=False).layers[0]
+    assert found.line > 5.0
+    assert found.constant_line > 5.0
+    half = padding.feature_bias(nn.Sequential(conv()).half(), [torch.rand(40, 3, 64, 64).half()]).layers[0]
+    assert math.isfinite(half.constant_border_ratio)
+    with pytest.raises(ValueError, match="one size"):
+        padding.feature_bias(nn.Sequential(conv()), [torch.rand(2, 3, 16, 16), torch.rand(2, 3, 18, 18)])
+
+
+def test_the_probe_takes_a_real_detector():
+    torch.manual_seed(0)
+    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    detector = build(weights=None, weights_backbone=None, min_size=64, max_size=64)
+    detector.eval()
+    found = padding.probe(detector, torch.ones(3, 8, 8), torch.rand(1, 3, 64, 64), padding.detection(1, (8, 8)), stride=28, batch_size=4)
+    assert found.scores.shape == (3, 3)
+    assert bool(((found.scores >= 0.0) & (found.scores <= 1.0)).all())

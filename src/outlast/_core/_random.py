@@ -1,9 +1,16 @@
-"""Seeds that are functions of (seed, name, index), so that any draw can be repeated on its own, and orthogonal draws."""
+"""Seeds that are functions of (seed, name, index), so that any draw can be repeated on its own, and orthogonal draws.
+
+Also the one place where global generators are seeded: around code of the user that draws from them.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Generator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +27,28 @@ def derived_seed(seed: int, name: str, index: int = 0) -> int:
 def generator(seed: int, name: str, index: int = 0, *, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator seeded with :func:`derived_seed`."""
     return torch.Generator(device=device).manual_seed(derived_seed(seed, name, index))
+
+
+def own_stream(given: torch.Generator | None, name: str) -> torch.Generator:
+    """The generator that was given, or a fixed one of this name: never the global one."""
+    return generator(0, name) if given is None else given
+
+
+@contextmanager
+def seeded(seed: int) -> Generator[None]:
+    """Python's, numpy's and torch's generators seeded inside, as they were before on leaving, after an exception too."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the user's code may use it
+    try:
+        # Of devices only the current one, and only if it is in use: naming none would take all of them, with a warning.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def haar_orthogonal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype = torch.float64) -> Tensor:

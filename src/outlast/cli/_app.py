@@ -300,7 +300,7 @@ def padding(
     size: Annotated[str, Parameter(help="Input size: a length for squares, or HxW.")] = "224",
     channels: Annotated[int, Parameter(help="Of the input.")] = 3,
     suggest: Annotated[int, Parameter(help="Name this many clean sizes near by.")] = 0,
-    fail_on: Annotated[Literal["skew"] | None, Parameter(help="skew: exit with 1 where a layer leans.")] = None,
+    fail_on: Annotated[Literal["skew"] | None, Parameter(help="skew: exit with 1 where a layer leans or could not be judged.")] = None,
     limit: Annotated[float, Parameter(help="Lean in pixels of the input that --fail-on skew lets pass.")] = 0.0,
     reach: Annotated[Path | None, Parameter(name="--foveation", help="Draw how far each pixel reaches (.png, .svg, .pdf).")] = None,
     json_: Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on standard output, nothing else.")] = False,
@@ -323,7 +323,9 @@ def padding(
     else:
         print_padding(report, suggestions)
     worst = max((abs(row.skew_input_px) for row in report.layers), default=0.0)
-    return FAILURE if fail_on == "skew" and worst > limit else OK
+    if not limit >= 0.0:
+        raise ValueError(f"--limit is a number of pixels of at least 0, got {limit}")
+    return FAILURE if fail_on == "skew" and (worst > limit or report.unread) else OK
 
 
 def run_command(words: Sequence[str]) -> int:

@@ -66,8 +66,7 @@ class Context:
 
     def initialise(self, build: Callable[[], nn.Module]) -> nn.Module:
         """Build a model with an initialisation that is a function of the seed, leaving torch's generator alone."""
-        with torch.random.fork_rng():
-            torch.manual_seed(_random.derived_seed(self.seed, "initialisation"))
+        with _random.seeded(_random.derived_seed(self.seed, "initialisation")):
             return build()
 
     def train(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from outlast._core._extras import require
+from outlast._core._ray import ray_session
 from outlast.studies._compute import compute
 from outlast.studies._design import Study
 from outlast.studies._grid import Cell, Plan, cells, chosen_parts
@@ -144,20 +143,8 @@ class _RayWorkers:
         self._workers = workers
 
     def __call__(self, missing: list[Cell], store: Store, result: Run, progress: Progress) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("OMP_NUM_THREADS", str(missing[0].launch["threads"]))
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray: Any = require("ray", extra="cluster", purpose="--workers")
-        # Workers started here inherit the environment; those of a cluster find a user's own study as they find outlast.
-        own = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(own))
-        address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": self._workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
-        try:
+        with ray_session(self._workers, missing[0].launch["threads"], "--workers") as ray:
             self._work(ray, missing, store, result, progress)
-        finally:
-            ray.shutdown()
 
     def _work(self, ray: Any, missing: list[Cell], store: Store, result: Run, progress: Progress) -> None:
         gpus = 0 if missing[0].launch["accelerator"] == "cpu" or not ray.cluster_resources().get("GPU") else missing[0].launch["devices"]

@@ -1,4 +1,4 @@
-"""Study ``padding``: does padding that is used on one side only make a trained detector blind there?
+"""Study ``padding``: does padding that is used on one side only make a trained detector blind on the other?
 
 Alsallakh, Kokhlikyan, Miglani, Yuan, Reblitz-Richardson, "Mind the Pad - CNNs Can Develop Blind Spots", ICLR 2021: the traffic lights
 that SSD misses, shrunk to a detector that two cores train. The paper's data, models and accuracies are not at hand.
@@ -239,7 +239,7 @@ def _describe_maps(results: Results) -> str:
                 seed = results.seeds[0]
                 values = ", ".join(f"{name} {results.value(arm, name, seed, setting):.0f}" for name in ("centre", *_BANDS))
                 parts.append(f"{arm}, trained with lights {'anywhere' if setting == 'anywhere' else 'inside'}: {values}")
-    return "Recall by place of the light, seed 0, in per cent. " + "; ".join(parts) + "."
+    return f"Recall by place of the light, seed {results.seeds[0]}, in per cent. " + "; ".join(parts) + "."
 
 
 _SKEWED, _CLEAN = "64-zeros", "65-symmetric"
@@ -271,10 +271,17 @@ _BLIND_SPOTS = Part(
             "at most",
             "%",
         ),
-        Claim("blind-bottom", "It finds at most 65 % at the bottom edge", _band(_SKEWED, "bottom"), 65.0, "at most", "%"),
+        Claim(
+            "blind-bottom",
+            "At 64 pixels with zero padding that detector finds at most 65 % at the bottom edge",
+            _band(_SKEWED, "bottom"),
+            65.0,
+            "at most",
+            "%",
+        ),
         Claim(
             "cured",
-            "At 65 pixels, where no layer leans, with symmetric padding, it finds at least 85 % at the right edge",
+            "At 65 pixels, where no layer leans, with symmetric padding, such a detector finds at least 85 % at the right edge",
             _band(_CLEAN, "right"),
             85.0,
             unit="%",
@@ -330,7 +337,7 @@ _BLIND_SPOTS = Part(
 STUDY = Study(
     name="padding",
     title="Padding and blind spots",
-    question="Does padding that is used on one side only make a trained detector blind there?",
+    question="Does padding that is used on one side only make a trained detector blind on the other?",
     paper="Alsallakh, Kokhlikyan, Miglani, Yuan, Reblitz-Richardson: Mind the Pad - CNNs Can Develop Blind Spots. ICLR 2021",
     follows="The missed traffic lights of its section on detection, with a detector of our own",
     theme="know your network and your data",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from outlast.diagnose.equivariance import Trainer
-    from outlast.diagnose.sample_efficiency._law import Law
+    from outlast.diagnose.sample_efficiency import Law, SampleCurve
     from outlast.studies._context import Context
     from outlast.studies._results import Results
 
@@ -49,8 +49,10 @@ def dimension_cell(config: Dimension, seed: int, context: Context) -> Outcome:
 
     def build(dim: int) -> nn.Module:
         if config.model == "dense":
-            return gaussian_dense(dim, dim, Square())
-        return circular_conv(dim, 4, Square(), blocks=2, divisor=math.sqrt(dim))
+            model = gaussian_dense(dim, dim, Square())
+        else:
+            model = circular_conv(dim, 4, Square(), blocks=2, divisor=math.sqrt(dim))
+        return model.to(context.fabric.device)
 
     dims, steps = (config.dims, config.steps) if config.model == "dense" else (config.conv_dims, config.conv_steps)
 
@@ -70,20 +72,31 @@ def dimension_cell(config: Dimension, seed: int, context: Context) -> Outcome:
         batched=True,
         seed=seed,
     )
-    at_80 = found.at(0.8)
-    compared = at_80.curve(config.model, config.compared).needed
+    needed = [_needed_or_bound(curve, config.threshold) for curve in found.curves]
     exponent = found.exponents.get(config.model)
-    if exponent is None or compared is None:
-        raise ValueError(f"the curves do not cross the thresholds: {found!r}")
-    needed = [curve.needed if curve.needed is not None else 0.0 for curve in found.curves]
+    # Where no two curves cross the threshold the bounds still say with which power they grow, at least.
+    slope = (math.log(needed[-1]) - math.log(needed[0])) / (math.log(dims[-1]) - math.log(dims[0]))
+    value, low, high = (exponent.value, exponent.low, exponent.high) if exponent is not None else (slope, slope, slope)
     return Outcome(
-        {"exponent": exponent.value, "low": exponent.low, "high": exponent.high, "needed": compared},
+        {
+            "exponent": value,
+            "low": low,
+            "high": high,
+            "needed": _needed_or_bound(found.at(0.8).curve(config.model, config.compared), 0.8),
+        },
         {
             "dims": [float(dim) for dim in dims],
             "needed": needed,
             **{f"accuracy {dim}": found.curve(config.model, dim).accuracy.mean(1).tolist() for dim in dims},
         },
     )
+
+
+def _needed_or_bound(curve: SampleCurve, threshold: float) -> float:
+    """Examples for the threshold; the smallest or largest number measured where the curve begins above it or does not reach it."""
+    if curve.needed is not None:
+        return curve.needed
+    return float(curve.sizes[0] if float(curve.accuracy[0].mean()) >= threshold else curve.sizes[-1])
 
 
 def _sgd(lr: float, steps: int, batch_size: int | None = None) -> Trainer:
@@ -137,10 +150,11 @@ def images_cell(config: Images, seed: int, context: Context) -> Outcome:
 
     def build() -> nn.Module:
         if config.model == "dense":
-            return gaussian_dense(3 * config.side**2, 3 * config.side**2, Square())
-        return nn.Sequential(
-            nn.Conv2d(3, 10, 3, padding=1), Square(), nn.Conv2d(10, 1, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
+            model = gaussian_dense(3 * config.side**2, 3 * config.side**2, Square())
+        else:
+            convolve = [nn.Conv2d(3, 10, 3, padding=1), Square(), nn.Conv2d(10, 1, 3, padding=1)]
+            model = nn.Sequential(*convolve, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return model.to(context.fabric.device)
 
     found = sample_efficiency(
         {config.model: build},
@@ -199,8 +213,10 @@ def texture_cell(config: Texture, seed: int, context: Context) -> Outcome:
 
     def build() -> nn.Module:
         if config.model == "dense":
-            return nn.Sequential(nn.Linear(config.dim, 256), nn.ReLU(), nn.Linear(256, 1))
-        return circular_conv(config.dim, 8, nn.ReLU())
+            model = nn.Sequential(nn.Linear(config.dim, 256), nn.ReLU(), nn.Linear(256, 1))
+        else:
+            model = circular_conv(config.dim, 8, nn.ReLU())
+        return model.to(context.fabric.device)
 
     train = train_with(lambda parameters: torch.optim.Adam(parameters, lr=config.lr), loss=_logistic, steps=config.steps)
     sizes = {"few": 8, "tenth": config.dim // 10, "half": config.dim // 2, "once": config.dim, "twice": 2 * config.dim}
@@ -314,6 +330,7 @@ def extrapolation_cell(config: Extrapolation, seed: int, context: Context) -> Ou
     import torch
     from torch.nn import functional as F
 
+    from outlast._core._random import seeded
     from outlast.data import load
     from outlast.diagnose.equivariance import train_with
     from outlast.diagnose.sample_efficiency import fit_law, learning_curve
@@ -335,11 +352,11 @@ def extrapolation_cell(config: Extrapolation, seed: int, context: Context) -> Ou
     def errors(index: Tensor, seeds: list[int]) -> list[float]:
         models: list[nn.Module] = []
         for each in seeds:
-            with torch.random.fork_rng():
-                torch.manual_seed(each)
-                models.append(mlp(images.shape[1], config.hidden, 10))
+            with seeded(each):
+                models.append(mlp(images.shape[1], config.hidden, 10).to(context.fabric.device))
         trainer.batched(models, images[index], train.labels[index])
-        return [1.0 - accuracy(model, test_images, test.labels) / 100.0 for model in models]
+        device = context.fabric.device
+        return [1.0 - accuracy(model, test_images.to(device), test.labels.to(device)) / 100.0 for model in models]
 
     sizes = [config.smallest * 2**power for power in range(config.doublings)]
     curve = learning_curve(errors, len(images), sizes=sizes, seeds=config.trainings, stratify=train.labels, batched=True, seed=seed)
@@ -473,8 +490,8 @@ _DIMENSION = Part(
     ),
     metrics=(
         Metric("exponent", "Exponent", "", "lower", 2),
-        Metric("low", "Its interval within a seed: low", "", None, 2),
-        Metric("high", "High", "", None, 2),
+        Metric("low", "Lower end within a seed", "", None, 2),
+        Metric("high", "Upper end within a seed", "", None, 2),
         Metric("needed", "Examples for 80 % at D = 32", "", "lower", 0),
     ),
     claims=(
@@ -495,7 +512,7 @@ _DIMENSION = Part(
         ),
         Claim(
             "conv",
-            "The examples that a convolution needs do not grow with the input size: their power is at most 0.5",
+            "The examples that a convolution needs grow at most with the power 0.5 of the input size (theory: 0)",
             lambda results, seed: results.value("conv", "exponent", seed),
             0.5,
             "at most",
@@ -509,6 +526,7 @@ _DIMENSION = Part(
             digits=2,
         ),
     ),
+    version=2,
     figures=(Figure("needed", "Examples that are needed over the size of the input", _describe_dimension, _draw_dimension),),
     scales={
         "quick": Scale(
@@ -538,14 +556,16 @@ _IMAGES = Part(
     claims=(
         Claim(
             "gaussian",
-            "Telling which channel of a Gaussian image is longer, a convolution is at least 5 points ahead at every number of examples",
+            "Telling which channel of a Gaussian image is longer, a convolution is at least 5 points ahead of a dense network with 64 to "
+            "4,096 examples",
             _least_gap("gaussian"),
             5.0,
             unit="points",
         ),
         Claim(
             "natural",
-            "Telling which channel of a photograph is longer, a convolution is at least 5 points ahead at every number of examples",
+            "Telling which channel of a photograph is longer, a convolution is at least 5 points ahead of a dense network with 64 to 4,096 "
+            "examples",
             _least_gap("natural"),
             5.0,
             unit="points",
@@ -603,7 +623,8 @@ _TEXTURE = Part(
     claims=(
         Claim(
             "dense",
-            "A dense network trained by Adam with d / 2 examples of two neighbouring features finds at most 65 %",
+            "Telling neighbouring features from features two apart (chance: 50 %), a dense network trained by Adam on d / 2 examples is "
+            "right in at most 65 %",
             lambda results, seed: results.value("dense", "half", seed),
             65.0,
             "at most",
@@ -611,7 +632,8 @@ _TEXTURE = Part(
         ),
         Claim(
             "conv",
-            "A convolution trained by Adam with 8 examples of two neighbouring features finds at least 95 %",
+            "Telling neighbouring features from features two apart (chance: 50 %), a convolution trained by Adam on 8 examples is right "
+            "in at least 95 %",
             lambda results, seed: results.value("conv", "few", seed),
             95.0,
             unit="%",
@@ -662,7 +684,7 @@ _EQUIVARIANCE = Part(
     cell=triple_cell,
     arms=_TRIPLES,
     metrics=(
-        Metric("orthogonal", "Rotations (log10 r)", "", None, 1),
+        Metric("orthogonal", "Rotations (log10 of the difference)", "", None, 1),
         Metric("signed_permutation", "Signed permutations", "", None, 1),
         Metric("permutation", "Permutations", "", None, 1),
         Metric("shift", "Shifts", "", None, 1),
@@ -670,34 +692,34 @@ _EQUIVARIANCE = Part(
     claims=(
         Claim(
             "sgd",
-            "SGD on a dense network commutes with rotations: coupled trainings differ by at most 1e-10",
+            "SGD on a dense network commutes with rotations: outputs of coupled trainings differ by at most 1e-10 standard deviations",
             _decades("sgd", "orthogonal"),
             -10.0,
             "at most",
         ),
         Claim(
             "adam",
-            "Adam on a dense network does not commute with rotations: coupled trainings differ by more than 1e-2",
+            "Adam on a dense network does not commute with rotations: outputs of coupled trainings differ by 0.01 standard deviations",
             _decades("adam", "orthogonal"),
             -2.0,
         ),
         Claim(
             "adam-order",
-            "Adam on a dense network commutes with permutations: coupled trainings differ by at most 1e-10",
+            "Adam on a dense network commutes with permutations: outputs of coupled trainings differ by at most 1e-10 standard deviations",
             _decades("adam", "permutation"),
             -10.0,
             "at most",
         ),
         Claim(
             "conv-shift",
-            "SGD on a circular convolution commutes with shifts: trainings differ by at most 1e-10",
+            "SGD on a circular convolution commutes with shifts: outputs of the two trainings differ by at most 1e-10 standard deviations",
             _decades("conv", "shift"),
             -10.0,
             "at most",
         ),
         Claim(
             "conv-order",
-            "SGD on a circular convolution does not commute with permutations: trainings differ by more than 1e-2",
+            "SGD on a circular convolution does not commute with permutations: outputs differ by 0.01 standard deviations or more",
             _decades("conv", "permutation"),
             -2.0,
         ),
@@ -737,6 +759,7 @@ _EXTRAPOLATION = Part(
             "%",
         ),
     ),
+    version=2,
     figures=(Figure("curve", "A learning curve and the laws fitted to its beginning", _describe_extrapolation, _draw_extrapolation),),
     scales={
         "quick": Scale(

@@ -19,13 +19,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from outlast._core._checks import choice, integer, real
 from outlast._core._norm import eval_mode
-from outlast._core._random import derived_seed
+from outlast._core._random import derived_seed, own_stream, seeded
 from outlast._core._random import generator as stream_of
 from outlast.diagnose.equivariance._groups import MATRIX_GROUPS, Transformation, draw, from_matrix
 from outlast.diagnose.equivariance._initialisation import SymmetryResult, initialisation_symmetry
-from outlast.diagnose.equivariance._layers import InputLayer, input_layers
+from outlast.diagnose.equivariance._layers import InputLayer, check_own_weights, input_layers
 from outlast.diagnose.equivariance._results import EquivarianceResult, GroupVerdict, Verdict, interpret
-from outlast.diagnose.equivariance._seeds import seeded
 from outlast.errors import DivergedError, OutlastWarning, StateError
 
 Train = Callable[[nn.Module, Tensor, Tensor], Any]
@@ -82,7 +81,7 @@ def equivariance_test(
         seeds: trainings on each side of the distributional test, 8 or more.
         dtype: of the computation; float32 drifts too much for a verdict.
         tolerance: largest relative difference that counts as rounding.
-        generator: of seeds and transformations.
+        generator: of seeds and transformations; a fixed one otherwise.
 
     Returns:
         Verdicts, their meaning in words, and the symmetry of the initial weights (coupled method).
@@ -101,12 +100,16 @@ def equivariance_test(
         raise ValueError(f"inputs and targets must be as many and not empty, got {len(inputs)} and {len(targets)}")
     if not groups:
         raise ValueError("groups is empty: there is nothing to test")
-    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    seed = int(torch.randint(2**31 - 1, (), generator=own_stream(generator, "equivariance test")))
     probes = inputs if probes is None else probes
     shape = tuple(inputs.shape[1:])
     if tuple(probes.shape[1:]) != shape:
         raise ValueError(f"probes must have the shape of inputs, {shape} behind the first axis, got {tuple(probes.shape[1:])}")
-    chosen = [_named(group, number, shape, inputs, seed, draws, dtype) for number, group in enumerate(groups)]
+    chosen: list[tuple[str, list[Transformation]]] = []
+    for number, group in enumerate(groups):
+        name, elements = _named(group, number, shape, inputs, seed, draws, dtype)
+        taken = any(name == other for other, _ in chosen)
+        chosen.append((f"{name} {number + 1}" if taken else name, elements))
     targets = targets.detach().cpu()
     test = _Test(
         make_model=make_model,
@@ -149,7 +152,8 @@ def _named(
             size *= axis
         return name, [from_matrix(group, size, dtype, name)]
     if isinstance(group, str):
-        return group, [draw(group, shape, stream_of(seed, group, index), dtype) for index in range(draws)]
+        elements = [draw(group, shape, stream_of(seed, group, index), dtype) for index in range(draws)]
+        return elements[0].group, elements
     if not callable(group):
         raise TypeError(f"groups holds names, matrices or callables, got {type(group).__name__}")
     name = getattr(group, "__name__", f"callable {number + 1}")
@@ -175,12 +179,16 @@ class _Test:
         modules = [model.get_submodule(name) for name in layers]
         dims = self.inputs[0].numel()
         dense = all(isinstance(module, nn.Linear) for module in modules)
+        follows_any = any(g.orthogonal for _, elements in chosen for g in elements)
+        if follows_any:
+            check_own_weights(model, layers)
         for module, name in zip(modules, layers, strict=True):
-            if isinstance(module, nn.Linear) and module.in_features != dims:
+            if follows_any and isinstance(module, nn.Linear) and module.in_features != dims:
                 raise ValueError(
                     f"layer {name!r} sees {module.in_features} features of inputs that have {dims}: its weights cannot follow a "
                     "transformation of the whole input; use method='distributional'"
                 )
+        untrained = self._outputs(model, self.probes)
         trained, changed = self._trained(model, self.inputs)
         plain = self._outputs(trained, self.probes)
         again = self._outputs(self._trained(model, self.inputs)[0], self.probes)
@@ -204,13 +212,20 @@ class _Test:
                 continue
             found: list[float] = []
             flips = 0.0
-            follows = False
+            follows = early = False
             for g in elements:
                 twin = copy.deepcopy(model)
                 follows = _follow(twin, layers, g, tuple(self.inputs.shape[1:]), dense=dense)
+                apart = float((self._outputs(twin, g.apply(self.probes)) - untrained).abs().max()) / max(float(untrained.std()), 1e-300)
+                early |= follows and apart > self.tolerance
                 outputs = self._outputs(self._trained(twin, g.apply(self.inputs))[0], g.apply(self.probes))
                 found.append(float((outputs - plain).abs().max()) / spread)
                 flips = max(flips, float((_decisions(outputs) != _decisions(plain)).double().mean()))
+            if early:
+                notes.append(
+                    f"{name}: the models differ before training already: features are normalised, a dense layer reads a flattened map, "
+                    f"or the input reaches other layers than {', '.join(layers)} (then name them all in input_layer=)"
+                )
             if not follows and name != "shift":
                 notes.append(f"{name}: no change of the first layer's weights undoes it, so both models began with the same weights")
             verdict: Verdict = "equivariant" if max(found) <= self.tolerance else "not equivariant"
@@ -260,15 +275,18 @@ class _Test:
                 verdicts.append(GroupVerdict(name, "untested", (), 0.0, coupled=False))
                 continue
             gaps: list[float] = []
+            apart: list[float] = []
             values: list[float] = []
             for index, g in enumerate(elements):
                 both = torch.cat([plain, runs(f"{name} {index}", g.apply)])
-                gap, p_value = _permutation_test(_disagreement(both, regression=regression), seeds, stream_of(self.seed, name, index))
+                distances = _disagreement(both, regression=regression)
+                gap, p_value = _permutation_test(distances, seeds, stream_of(self.seed, name, index))
                 gaps.append(gap)
+                apart.append(float(distances[:seeds, seeds:].mean()))
                 values.append(p_value)
             p_value = min(1.0, len(values) * min(values))
             verdict: Verdict = "not equivariant" if p_value < 0.05 else "no difference found"
-            verdicts.append(GroupVerdict(name, verdict, tuple(gaps), max(gaps), coupled=False, p_value=p_value))
+            verdicts.append(GroupVerdict(name, verdict, tuple(gaps), max(apart), coupled=False, p_value=p_value))
         found = tuple(verdicts)
         notes += self._warnings()
         return EquivarianceResult(
@@ -321,7 +339,10 @@ def _follow(model: nn.Module, layers: Sequence[str], g: Transformation, shape: t
         if not dense and g.on_kernels is not None:
             for module in model.modules():  # every convolution moves along the same axes
                 if isinstance(module, _ConvNd):
-                    module.weight.copy_(g.on_kernels(module.weight))
+                    moved = g.on_kernels(module.weight)
+                    if moved.shape != module.weight.shape:
+                        raise ValueError(f"{g.group} needs square kernels, got one of shape {tuple(module.weight.shape[2:])}")
+                    module.weight.copy_(moved)
             return True
     return False
 

@@ -44,6 +44,8 @@ def draw(group: str, shape: Sequence[int], stream: torch.Generator, dtype: torch
     """
     choice("groups", group, GROUPS)
     if group in MATRIX_GROUPS:
+        if group == "orthogonal" and math.prod(shape) > DENSE:
+            group = f"orthogonal ({REFLECTIONS} reflections)"
         return Transformation(group, _flat(_matrix_like(group, math.prod(shape), stream, dtype)))
     axes = max(1, min(len(shape) - 1, 3))
     if group == "shift":
@@ -85,7 +87,7 @@ def _flat(action: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def _matrix_like(group: str, size: int, stream: torch.Generator, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The action of a random matrix on rows ``(n, size)``."""
-    if group == "orthogonal":
+    if group.startswith("orthogonal"):
         if size <= DENSE:
             U = haar_orthogonal(size, size, generator=stream).to(dtype)
             return lambda x: x @ U.T

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from outlast._core._checks import integer
-from outlast._core._random import derived_seed, haar_orthogonal
+from outlast._core._random import derived_seed, haar_orthogonal, own_stream, seeded
 from outlast._core._random import generator as stream_of
 from outlast._core._result import Result
 from outlast.diagnose.equivariance._layers import InputLayer, input_layers
-from outlast.diagnose.equivariance._seeds import seeded
 
 Law = Literal["orthogonal", "signed_permutation", "permutation", "sign_flip", "none"]
 RANDOMISATIONS = 199
@@ -66,13 +65,13 @@ def initialisation_symmetry(
         input_layer: name of the layer; the model's first Linear or Conv layer otherwise. Of several the first is looked at. Kernels of a
             convolution are taken as rows.
         draws: models that are built.
-        generator: of seeds and images.
+        generator: of seeds and images; a fixed one otherwise.
 
     Raises:
         ValueError: fewer than two draws, or no such layer.
     """
     integer("draws", draws, low=2)
-    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    seed = int(torch.randint(2**31 - 1, (), generator=own_stream(generator, "initialisation symmetry")))
     weights: list[Tensor] = []
     name = ""
     for index in range(draws):
@@ -87,8 +86,8 @@ def initialisation_symmetry(
 def symmetry_of(weights: Tensor, name: str, seed: int) -> SymmetryResult:
     """The tests on weights ``(draws, rows, dims)``."""
     draws, rows, dims = weights.shape
-    kept = max(2, min(rows, dims, 8192 // dims + 1, 128 // draws + 1))
-    weights = weights[:, : min(rows, kept)]
+    kept = min(rows, dims, max(2, min(8192 // dims + 1, 128 // draws + 1)))
+    weights = weights[:, :kept]
     scale = float(weights.square().mean().sqrt())
     if scale == 0.0:  # zeros are symmetric to everything
         return SymmetryResult("orthogonal", 1.0, 1.0, 1.0, 0.0, name, weights.shape[0] * weights.shape[1])

@@ -49,13 +49,30 @@ def input_layers(model: nn.Module, given: InputLayer, example: Tensor | None) ->
             handle.remove()
     if not seen:
         raise ValueError(_no_layer(model))
-    same = dict.fromkeys(name for name, tensor in seen if tensor is seen[0][1])
+    # The same numbers count as the same input, whether as one tensor, a view or a copy.
+    first = seen[0][1].flatten()
+    same = dict.fromkeys(name for name, tensor in seen if tensor.numel() == first.numel() and torch.equal(tensor.flatten(), first))
     if len(same) > 1:
         raise ValueError(
             f"several layers receive the input ({', '.join(same)}): name those that the coupling must change, "
             f"input_layer={list(same)!r}, or use method='distributional'"
         )
     return tuple(same)
+
+
+def check_own_weights(model: nn.Module, layers: Sequence[str]) -> None:
+    """The coupling writes into weights, so they must be parameters.
+
+    Raises:
+        ValueError: a weight is computed from others (weight normalisation and other parametrisations).
+    """
+    for name in layers:
+        module = model.get_submodule(name)
+        if "weight" not in dict(module.named_parameters(recurse=False)):
+            raise ValueError(
+                f"the weight of layer {name!r} is computed from other parameters (a parametrisation), so it cannot follow a "
+                "transformation; remove the parametrisation for the test, or use method='distributional'"
+            )
 
 
 def _named_layers(model: nn.Module) -> dict[nn.Module, str]:

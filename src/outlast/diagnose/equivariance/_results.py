@@ -21,7 +21,7 @@ class GroupVerdict(Result):
             equivariant"`` or ``"no difference found"``; ``"untested"`` where training changed nothing.
         r: largest difference of outputs over their standard deviation, one for each draw; for the distributional method the mean
             disagreement across minus within the two sets of runs.
-        flips: share of probes whose decision differs, worst draw.
+        flips: share of probes whose decision differs, worst draw; for the distributional method between runs across the two sets, mean.
         coupled: whether the first layer's weights followed the transformation.
         p_value: of the distributional method, over all draws; None for the coupled one.
     """
@@ -69,7 +69,8 @@ class EquivarianceResult(Result):
 
     def __repr__(self) -> str:
         rows = "; ".join(
-            f"{each.group} {each.verdict} ({f'p = {each.p_value:.3g}' if each.p_value is not None else f'r = {max(each.r):.2g}'})"
+            f"{each.group} {each.verdict}"
+            + (f" (p = {each.p_value:.3g})" if each.p_value is not None else f" (r = {max(each.r):.2g})" if each.r else "")
             for each in self.groups
         )
         return f"EquivarianceResult({rows})" + "".join(f"\n  {line}" for line in (*self.meaning, *self.notes))
@@ -93,7 +94,7 @@ def interpret(verdicts: tuple[GroupVerdict, ...], initialisation: SymmetryResult
     equal = {each.group for each in verdicts if each.verdict == "equivariant"}
     law = initialisation.law if initialisation is not None else None
     lines: list[str] = []
-    if "orthogonal" in equal:
+    if any(group.startswith("orthogonal") for group in equal):
         if law in (None, "orthogonal"):
             lines.append(
                 f"blind to rotations of the input: order D^2 = {dims**2:,} examples for quadratic relations; consider convolution, "
@@ -104,7 +105,7 @@ def interpret(verdicts: tuple[GroupVerdict, ...], initialisation: SymmetryResult
                 f"the updates commute with rotations, but the initial weights are not drawn rotation symmetric (their law: {law}): "
                 "this training is only as blind as its initialisation"
             )
-    blind_to_order = (equal & {"permutation", "signed_permutation"}) or "orthogonal" in equal
+    blind_to_order = (equal & {"permutation", "signed_permutation"}) or any(group.startswith("orthogonal") for group in equal)
     if blind_to_order and law not in ("none", "sign_flip") and not (lines and law in (None, "orthogonal")):
         lines.append(
             f"pixel order unused: every fixed shuffling of the {dims:,} features would give the same result; order D examples can be "

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+from outlast._core._batches import device_of
 from outlast._core._checks import choice, integer, real
+from outlast._core._norm import is_batch_norm
 from outlast._core._random import generator as stream_of
 from outlast.errors import DivergedError, UnsupportedError
 
@@ -65,11 +67,18 @@ class Trainer:
             ValueError: no data.
             DivergedError: the last loss is not finite.
         """
+        flags = [(module, module.training) for module in model.modules()]
+        model.train()
+        try:
+            self._train(model, inputs.to(device_of(model)), targets.to(device_of(model)))
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+    def _train(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = self._optimizer(parameters)
         rates = self._rates(optimizer)
-        was_training = model.training
-        model.train()
         last: list[Tensor] = []
 
         for rows in self._batches(len(inputs)):
@@ -90,43 +99,46 @@ class Trainer:
 
             optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
             rates.step()
-        model.train(was_training)
         _check_finite(last)
 
     def batched(self, models: Sequence[nn.Module], inputs: Tensor, targets: Tensor) -> None:
         """Train several models of one architecture at once, in place: the same result as one after another, up to rounding.
 
         Args:
-            models: k of them, without buffers that training changes (BatchNorm) and without dropout.
+            models: k of them, without buffers that training changes (BatchNorm), dropout and tied weights.
             inputs: ``(k, n, ...)``, one set for each.
             targets: ``(k, n, ...)``.
 
         Raises:
-            ValueError: other numbers of models and of sets.
-            UnsupportedError: an optimizer whose update mixes entries, buffers, dropout, or a ``penalty``.
+            ValueError: no models, or other numbers of models and of sets.
+            UnsupportedError: an optimizer whose update mixes entries or that groups parameters by their shape, changing buffers, dropout,
+                tied weights, or a ``penalty``.
             DivergedError: the last loss of a model is not finite.
         """
-        if len(models) != len(inputs) or len(models) != len(targets):
+        if not models or len(models) != len(inputs) or len(models) != len(targets):
             raise ValueError(f"{len(models)} models need as many sets, got {len(inputs)} of inputs and {len(targets)} of targets")
         self._check_batched(models[0])
         base = copy.deepcopy(models[0]).to("meta").train()
-        stacked, _ = stack_module_state(list(models))  # pyright: ignore[reportArgumentType]
+        inputs, targets = inputs.to(device_of(models[0])), targets.to(device_of(models[0]))
+        stacked, buffers = stack_module_state(list(models))  # pyright: ignore[reportArgumentType]
+        kept = {name: value.clone() for name, value in buffers.items()}
         names = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
-        fixed = {name: value.detach() for name, value in stacked.items() if name not in names}
+        fixed = {name: value.detach() for name, value in stacked.items() if name not in names} | buffers
         values = {name: stacked[name].detach().requires_grad_() for name in names}
         optimizer = self._optimizer(list(values.values()))
-        if not isinstance(optimizer, _ENTRYWISE):
-            raise UnsupportedError(
-                f"{type(optimizer).__name__} may mix entries of its parameters, so models cannot be trained at once with it; "
-                "train them one after another"
-            )
+        self._check_optimizer(optimizer, list(values.values()), [dict(models[0].named_parameters())[name] for name in names])
         rates = self._rates(optimizer)
         each = torch.vmap(lambda state, x: functional_call(base, state, (x,)), randomness="error")
         losses = torch.vmap(self._loss)
         last: list[Tensor] = []
         for rows in self._batches(inputs.shape[1]):
             optimizer.zero_grad()
-            loss = losses(each({**values, **fixed}, inputs[:, rows]), targets[:, rows])
+            try:
+                loss = losses(each({**values, **fixed}, inputs[:, rows]), targets[:, rows])
+            except RuntimeError as error:
+                if "random" in str(error):
+                    raise UnsupportedError("models that draw (dropout) cannot be trained at once; train them one after another") from error
+                raise
             loss.sum().backward()
             if self._clip_norm is not None:
                 _clip_each(list(values.values()), self._clip_norm)
@@ -135,6 +147,8 @@ class Trainer:
             optimizer.step()
             rates.step()
             last[:] = [loss.detach()]
+        if any(not torch.equal(value, kept[name]) for name, value in buffers.items()):
+            raise UnsupportedError("training changes buffers of these models, so they cannot be trained at once")
         with torch.no_grad():
             for index, model in enumerate(models):
                 own = dict(model.named_parameters())
@@ -145,10 +159,31 @@ class Trainer:
     def _check_batched(self, model: nn.Module) -> None:
         if self._penalty is not None:
             raise UnsupportedError("a penalty takes one model; train one after another")
-        if next(model.buffers(), None) is not None:
-            raise UnsupportedError("models with buffers (BatchNorm) cannot be trained at once; train them one after another")
+        if any(is_batch_norm(module) or getattr(module, "track_running_stats", False) for module in model.modules()):
+            raise UnsupportedError("models that keep statistics in buffers (BatchNorm) cannot be trained at once")
+        if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.named_parameters())):
+            raise UnsupportedError("models with tied weights cannot be trained at once; train them one after another")
         if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0 for module in model.modules()):
             raise UnsupportedError("models with dropout cannot be trained at once; train them one after another")
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, stacked: list[Tensor], single: list[Tensor]) -> None:
+        """The optimizer must treat stacked parameters as it would treat those of one model."""
+        if type(optimizer) not in _ENTRYWISE:  # a subclass may do anything
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} may mix entries of its parameters, so models cannot be trained at once with it; "
+                "train them one after another"
+            )
+
+        def groups(built: torch.optim.Optimizer, parameters: list[Tensor]) -> list[tuple[list[int], dict[str, str]]]:
+            places = {id(parameter): place for place, parameter in enumerate(parameters)}
+            skipped = ("params", "param_names")
+            return [
+                ([places[id(p)] for p in group["params"]], {key: repr(value) for key, value in group.items() if key not in skipped})
+                for group in built.param_groups
+            ]
+
+        if groups(optimizer, stacked) != groups(self._optimizer(single), single):
+            raise UnsupportedError("the optimizer groups parameters by their shape, so models cannot be trained at once with it")
 
     def _rates(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         if self._schedule == "cosine":

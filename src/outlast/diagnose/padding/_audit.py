@@ -14,6 +14,7 @@ from outlast._core._checks import integer, real
 from outlast._core._result import Result
 from outlast.diagnose.padding._arithmetic import transposed, window
 from outlast.diagnose.padding._trace import Graph, Step, trace
+from outlast.errors import UnsupportedError
 
 AXES = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
@@ -77,6 +78,8 @@ class PaddingReport(Result):
         layers: all windows, layer by layer and axis by axis.
         grid_skew_px: lean of the last feature map's grid against the centre of the input, for each spatial axis, in pixels.
         total_stride: pixels of the input between neighbours of the last map, the largest over the axes.
+        unread: layers that could not be judged, since an operation before them (a slice, a reshaping) moves pixels in a way that is not
+            followed.
         notes: what was approximated, and branches that are joined out of step.
     """
 
@@ -85,11 +88,12 @@ class PaddingReport(Result):
     grid_skew_px: tuple[float, ...]
     total_stride: float
     notes: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def is_even(self) -> bool:
-        """Whether every layer is mirror symmetric on every axis."""
-        return all(row.skew == 0 for row in self.layers)
+        """Whether every layer was judged and is mirror symmetric on every axis."""
+        return not self.unread and all(row.skew == 0 for row in self.layers)
 
     @property
     def skewed(self) -> tuple[LayerRow, ...]:
@@ -117,15 +121,20 @@ class PaddingReport(Result):
 
     def _draw(self, ax: Any) -> None:
         rows = [row for row in self.layers if row.stride > 1 or row.skew != 0]
+        names = list(dict.fromkeys(row.name for row in rows))
         for axis, colour in zip(AXES[len(self.input_size) - 1], ("C0", "C1", "C2"), strict=False):
             mine = [row for row in rows if row.axis == axis]
-            ax.plot([row.skew_input_px for row in mine], range(len(mine)), "o", color=colour, label=axis, alpha=0.6)
-        labels = [row.name for row in rows if row.axis == rows[0].axis] if rows else []
-        ax.set_yticks(range(len(labels)), labels)
+            heights = [names.index(row.name) for row in mine]
+            ax.plot([row.skew_input_px for row in mine], heights, "o", color=colour, label=axis, alpha=0.6)
+        ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.axvline(0.0, color="grey", linestyle="--")
         ax.set_xlabel("lean in pixels of the input (negative: left or up)")
         ax.legend()
+
+
+_TRIED = 6  # candidates for each size that is asked for
+_PER_AXIS = 20  # lengths of each axis that are combined where axes differ
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,8 +183,8 @@ def replay(graph: Graph, axis: int, length: int) -> tuple[list[LayerRow], _Grid 
             left, right = step.axes[axis]["left"], step.axes[axis]["right"]
             pads = (grid.pads[0] + left, grid.pads[1] + right)
             grid = _Grid(grid.length + left + right, grid.start - grid.jump * left, grid.jump, pads, step.mode)
-        elif grid is not None and step.kind == "resize":
-            out = round(grid.length * step.after[axis] / step.before[axis])
+        elif grid is not None and step.kind in ("resize", "adaptive"):
+            out = step.after[axis] if step.kind == "adaptive" else round(grid.length * step.after[axis] / step.before[axis])
             ratio = Fraction(grid.length, out)
             grid = _Grid(out, grid.start + grid.jump * (ratio - 1) / 2, grid.jump * ratio)
         elif step.kind == "join":
@@ -187,7 +196,7 @@ def replay(graph: Graph, axis: int, length: int) -> tuple[list[LayerRow], _Grid 
         elif step.kind == "global":
             grid = None
         grids[number] = grid
-        if grid is not None:
+        if grid is not None and step.kind != "adaptive":  # a pool to a fixed size makes no new map of its own
             last = grid
     return rows, last, notes
 
@@ -195,7 +204,7 @@ def replay(graph: Graph, axis: int, length: int) -> tuple[list[LayerRow], _Grid 
 def _input_or_source(step: Step, grids: Mapping[int, _Grid | None], length: int) -> _Grid | None:
     if step.kind == "input":
         return _Grid(length, Fraction(0), Fraction(1))
-    return grids[step.sources[0]]
+    return next((grids[source] for source in step.sources if grids[source] is not None), None)
 
 
 def _window(step: Step, axis: int, rank: int, grid: _Grid) -> tuple[LayerRow, _Grid]:
@@ -296,7 +305,9 @@ def _report(graph: Graph, size: tuple[int, ...]) -> PaddingReport:
     notes = list(dict.fromkeys(note for _, _, notes in found for note in notes))
     if not rows:
         notes.append("no convolution or pooling was found")
-    return PaddingReport(size, tuple(rows), tuple(skews), max(strides), tuple(notes))
+    for name, op in graph.unread.items():
+        notes.append(f"not judged: layer {name!r}, since {op} before it moves pixels in a way that is not followed")
+    return PaddingReport(size, tuple(rows), tuple(skews), max(strides), tuple(notes), tuple(graph.unread))
 
 
 def suggest_sizes(
@@ -318,6 +329,7 @@ def suggest_sizes(
 
     Raises:
         ValueError: sizes out of range, or nothing in reach that the model takes.
+        UnsupportedError: the model runs neither without data nor on zeros.
     """
     wanted = (near, near) if isinstance(near, int) else tuple(near)
     integer("n", n, low=1)
@@ -327,10 +339,45 @@ def suggest_sizes(
     # A resize to the size of another map has no ratio of its own, so such models are traced anew at every size.
     resizes = [step for step in graph.steps if step.kind == "resize"]
     fixed = all(after % before == 0 for step in resizes for before, after in zip(step.before, step.after, strict=True))
+    found = _taken(model, _nearest(model, graph, wanted, channels, max_growth, anew=not fixed), channels, n)
+    if fixed and resizes and any(_skew_at(model, each.size, channels) != each.residual_skew for each in found):
+        # The ratio held at the traced size only.
+        found = _taken(model, _nearest(model, graph, wanted, channels, max_growth, anew=True), channels, n)
+    if not found:
+        raise ValueError(f"the model takes no other size near {'x'.join(map(str, wanted))} that leans less or as little")
+    return found
+
+
+def _taken(model: nn.Module, candidates: Sequence[SizeSuggestion], channels: int, n: int) -> list[SizeSuggestion]:
+    """The first n sizes that the model takes: dense heads and joins of maps refuse some."""
+    found: list[SizeSuggestion] = []
+    for each in candidates[: _TRIED * n]:
+        try:
+            trace(model, (channels, *each.size), quiet=True)
+        except (ValueError, UnsupportedError):
+            continue
+        found.append(each)
+        if len(found) == n:
+            break
+    return found
+
+
+def _skew_at(model: nn.Module, size: Sequence[int], channels: int) -> float:
+    return _skew_of(trace(model, (channels, *size), quiet=True), size)
+
+
+def _skew_of(graph: Graph, size: Sequence[int]) -> float:
+    return sum(abs(row.skew_input_px) for axis, length in enumerate(size) for row in replay(graph, axis, length)[0])
+
+
+def _nearest(
+    model: nn.Module, graph: Graph, wanted: tuple[int, ...], channels: int, max_growth: float, *, anew: bool
+) -> list[SizeSuggestion]:
+    """The sizes that lean least, nearest first; with ``anew`` the model is traced at each of them."""
 
     def skew(axis: int, length: int) -> float:
         lengths = [length if each == axis else asked for each, asked in enumerate(wanted)]
-        found = graph if fixed else trace(model, (channels, *lengths))
+        found = trace(model, (channels, *lengths), quiet=True) if anew else graph
         return sum(abs(row.skew_input_px) for row in replay(found, axis, length)[0])
 
     candidates: list[list[tuple[float, int]]] = []
@@ -339,7 +386,7 @@ def suggest_sizes(
         for each in range(max(1, math.ceil(length / max_growth)), math.floor(length * max_growth) + 1):
             try:
                 found.append((skew(axis, each), each))
-            except ValueError:  # too small for a window
+            except (ValueError, UnsupportedError):  # too small for a window, or refused
                 continue
         if not found:
             raise ValueError(f"no length near {length} fits the model's windows")
@@ -347,17 +394,17 @@ def suggest_sizes(
         best = sorted((entry for entry in found if entry[0] == least), key=lambda entry: (abs(entry[1] - length), entry[1]))
         candidates.append(best)
     pixels = math.prod(wanted)
-    if len(set(wanted)) == 1:
-        common = set.intersection(*({length for _, length in each} for each in candidates))
+    common = set.intersection(*({length for _, length in each} for each in candidates))
+    if len(set(wanted)) == 1 and common:
         pairs = [tuple([entry] * len(wanted)) for entry in candidates[0] if entry[1] in common]
     else:
         pairs = [()]
         for each in candidates:
-            pairs = [(*pair, entry) for pair in pairs for entry in each[: 4 * n]]
+            pairs = [(*pair, entry) for pair in pairs for entry in each[:_PER_AXIS]]
         pairs.sort(key=lambda pair: sum(abs(length - asked) for (_, length), asked in zip(pair, wanted, strict=True)))
     return [
         SizeSuggestion(
             tuple(length for _, length in pair), sum(value for value, _ in pair), math.prod(length for _, length in pair) / pixels
         )
-        for pair in pairs[:n]
+        for pair in pairs
     ]

@@ -27,10 +27,12 @@ class MapBias(Result):
         border_ratio: mean of the outermost ring over the mean of the rest; 1 where both are 0.
         lr: ``(left - right) / (|left| + |right|)`` over halves.
         tb: the same from top to bottom.
-        line: largest distance of the mean of a row or column from the median of its kind, in median absolute deviations.
+        line: largest distance of the mean of a row or column from the median of its kind, in median absolute deviations (mean ones where
+            most lines are alike, so that a single bad line shows).
         constant_border_ratio: the border ratio on an image of one colour, which holds the arithmetic and not the data.
         constant_lr: likewise.
         constant_tb: likewise.
+        constant_line: likewise.
         map: the mean over images and channels, ``(H, W)``, float64.
     """
 
@@ -42,6 +44,7 @@ class MapBias(Result):
     constant_border_ratio: float
     constant_lr: float
     constant_tb: float
+    constant_line: float
     map: Tensor
 
     def _draw(self, ax: Any) -> None:
@@ -88,7 +91,7 @@ def _statistics(M: Tensor) -> tuple[float, float, float, float]:
     lines: list[float] = []
     for means in (M.mean(0), M.mean(1)):
         distance = (means - means.median()).abs()
-        scale = distance.median()
+        scale = distance.median() if float(distance.median()) > 0.0 else distance.mean()
         lines.append(float(distance.max() / scale) if scale > 0.0 else 0.0)
     return border, left_right, top_bottom, max(lines)
 
@@ -114,7 +117,7 @@ def feature_bias(
 
     Raises:
         TypeError: not a module, or batches without images.
-        ValueError: unknown layers, layers without maps, or no images.
+        ValueError: unknown layers, layers without maps, no images, or images of several sizes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -130,7 +133,7 @@ def feature_bias(
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             if not isinstance(out, Tensor) or out.ndim != 4:
                 raise ValueError(f"layer {name!r} gives no feature map of four dimensions")
-            found = out.detach().double().mean(1).sum(0).cpu()
+            found = out.detach().mean(1).sum(0).cpu().double()
             sums[name] = sums[name] + found if name in sums else found
 
         return hook
@@ -138,6 +141,7 @@ def feature_bias(
     stream = derived_generator(seed, "flips")
     device = device_of(model)
     colour: Tensor | None = None
+    shape, dtype = torch.Size(), torch.float32
     items = 0
     hooks = [modules[name].register_forward_hook(keep(name)) for name in names]
     try:
@@ -151,17 +155,20 @@ def feature_bias(
                     for axis in (-1, -2):
                         turn = (torch.rand(len(images), generator=stream) < 0.5).to(device)
                         images = torch.where(turn[:, None, None, None], images.flip(axis), images)
-                colour = images.sum((0, -2, -1), keepdim=True) if colour is None else colour + images.sum((0, -2, -1), keepdim=True)
+                if colour is not None and images.shape[1:] != shape[1:]:
+                    raise ValueError(f"images must have one size, got {tuple(shape[1:])} and {tuple(images.shape[1:])}")
+                total = images.float().sum((0, -2, -1), keepdim=True)
+                colour = total if colour is None else colour + total
+                shape, dtype = images.shape, images.dtype
                 model(images)
                 items += len(images)
-                shape = images.shape
                 if items >= max_items:
                     break
             if colour is None or not items:
                 raise ValueError("the loader gave no images")
             real = {name: value / items for name, value in sums.items()}
             sums.clear()
-            model((colour / (items * shape[-1] * shape[-2])).expand(1, *shape[1:]))  # pyright: ignore[reportPossiblyUnboundVariable]
+            model((colour / (items * shape[-1] * shape[-2])).to(dtype).expand(1, *shape[1:]))
     finally:
         for hook in hooks:
             hook.remove()
@@ -170,7 +177,7 @@ def feature_bias(
         if name not in real:
             raise ValueError(f"layer {name!r} did not run")
         constant = _statistics(sums[name])
-        found.append(MapBias(name, *_statistics(real[name]), *constant[:3], map=real[name]))
+        found.append(MapBias(name, *_statistics(real[name]), *constant, map=real[name]))
     return FeatureBias(tuple(found), items, flips)
 
 

@@ -18,6 +18,7 @@ from outlast.diagnose.padding._pad import CONVERSIONS, pad, ratio
 from outlast.diagnose.padding._trace import Graph, Step, trace
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_ADAPTIVE: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -62,7 +63,7 @@ def foveation(model: nn.Module, input_size: Sequence[int], *, layer: str | None 
         model: as :func:`audit`.
         input_size: channels and spatial sizes.
         layer: name of the layer whose output is looked at; the last feature map.
-        mode: give all convolutions this padding mode (``"partial"`` too), as :func:`convert` would.
+        mode: give all convolutions this padding mode (``"partial"`` too), explicit pads before them included.
 
     Raises:
         TypeError: not a module.
@@ -81,9 +82,14 @@ def foveation(model: nn.Module, input_size: Sequence[int], *, layer: str | None 
 
 
 def _target(graph: Graph, layer: str | None) -> int:
-    spatial = [number for number, step in enumerate(graph.steps) if step.kind != "global"]
+    spatial: list[int] = []
+    for number, step in enumerate(graph.steps):
+        if step.kind == "input" or (step.kind != "global" and any(source in spatial for source in step.sources)):
+            spatial.append(number)
     if layer is None:
-        return spatial[-1]
+        return next(number for number in reversed(spatial) if graph.steps[number].kind != "adaptive")
+    if any(step.name == layer for step in graph.steps) and not any(graph.steps[number].name == layer for number in spatial):
+        raise ValueError(f"layer {layer!r} reads a global mean, which has no places")
     named = [number for number in spatial if graph.steps[number].name == layer]
     inside = named or [number for number in spatial if graph.steps[number].name.startswith(f"{layer}.")]
     if not inside:
@@ -102,8 +108,9 @@ def _evaluate(graph: Graph, x: Tensor, target: int, mode: str | None) -> Tensor:
             values[number] = x
         elif step.kind == "join":
             weights = step.weights or (1.0,) * len(step.sources)
-            parts = [w * values[source] for w, source in zip(weights, step.sources, strict=True) if source in values]
-            values[number] = torch.stack(parts).sum(0)
+            parts = [w * values[source] for w, source in zip(weights, step.sources, strict=True) if source in values and w != 0.0]
+            if parts:
+                values[number] = torch.stack(parts).sum(0)
         elif step.sources[0] not in values:
             continue
         elif step.kind == "pad":
@@ -119,6 +126,8 @@ def _evaluate(graph: Graph, x: Tensor, target: int, mode: str | None) -> Tensor:
             values[number] = _transposed(step, values[step.sources[0]])
         elif step.kind == "resize":
             values[number] = F.interpolate(values[step.sources[0]], size=step.after, mode="nearest")
+        elif step.kind == "adaptive":
+            values[number] = _ADAPTIVE[len(step.after)](values[step.sources[0]], step.after)
     return values[target]
 
 
@@ -127,13 +136,14 @@ def _amounts(step: Step) -> list[int]:
 
 
 def _padded(x: Tensor, amounts: list[int], mode: str) -> Tensor:
-    return F.pad(x, amounts) if mode == "zeros" or min(amounts) < 0 else pad(x, amounts, mode)
+    return F.pad(x, amounts) if mode in ("zeros", "partial") or min(amounts) < 0 else pad(x, amounts, mode)
 
 
 def _window(step: Step, values: dict[int, Tensor], pads: dict[int, tuple[int, list[int]]], mode: str | None) -> Tensor:
     rank = len(step.axes)
     kernel, stride, dilation = ([axis[key] for axis in step.axes] for key in ("kernel", "stride", "dilation"))
     x, amounts, own = values[step.sources[0]], _amounts(step), "zeros"
+    mode = mode or ("partial" if step.mode == "partial" else None)
     if mode is not None and step.op == "conv":
         own = mode
         if step.sources[0] in pads:

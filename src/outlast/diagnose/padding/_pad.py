@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +19,8 @@ from outlast.errors import OutlastWarning, UnsupportedError
 PaddingMode = Literal["zeros", "symmetric", "reflect", "replicate", "circular"]
 MODES = ("zeros", "symmetric", "reflect", "replicate", "circular")
 CONVERSIONS = (*MODES, "partial")
+_watchers: list[Callable[[Tensor, Tensor, Sequence[int], str], None]] = []
+_COUNTED = "_count_include_pad_before_conversion"
 
 
 def _sources(n: int, left: int, right: int, mode: str, device: torch.device) -> Tensor:
@@ -32,7 +35,24 @@ def _sources(n: int, left: int, right: int, mode: str, device: torch.device) -> 
     return i.clamp(0, n - 1) if mode == "replicate" else i % n
 
 
-_kept_sources = functools.lru_cache(maxsize=512)(_sources)
+_Key = tuple[int, int, int, str, torch.device]
+_kept: dict[_Key, Tensor] = {}
+
+
+def _gathered(x: Tensor, axis: int, left: int, right: int, mode: str) -> Tensor:
+    key = (int(x.shape[axis]), left, right, mode, x.device)
+    if not _is_plain(x):
+        return x.index_select(axis, _sources(*key))
+    if key not in _kept:
+        if len(_kept) >= 512:
+            _kept.clear()
+        _kept[key] = _sources(*key)
+    return x.index_select(axis, _kept[key])
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether what is made now may be kept: not what a compiler, a tracer or inference mode makes, which would spoil later calls."""
+    return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
 
 
 def pad(x: Tensor, amounts: Sequence[int], mode: PaddingMode | str) -> Tensor:
@@ -68,16 +88,49 @@ def pad(x: Tensor, amounts: Sequence[int], mode: PaddingMode | str) -> Tensor:
         pairs = zip(sizes, amounts[::2], amounts[1::2], strict=True)
         if limit is None or all(max(left, right) <= size + limit for size, left, right in pairs):
             return F.pad(x, amounts, mode=mode)
-    sources = _sources if torch.compiler.is_compiling() else _kept_sources  # a compiled graph keeps them itself
-    for axis, size in enumerate(sizes):
+    given = x
+    for axis in range(rank):
         left, right = amounts[2 * axis : 2 * axis + 2]
         if left or right:
-            x = x.index_select(-1 - axis, sources(size, left, right, mode, x.device))
+            x = _gathered(x, -1 - axis, left, right, mode)
+    if _watchers and not torch.compiler.is_compiling():
+        for watch in _watchers:
+            watch(given, x, amounts, mode)
     return x
+
+
+@contextmanager
+def watching_pads(watch: Callable[[Tensor, Tensor, Sequence[int], str], None]) -> Generator[None]:
+    """Call ``watch(input, output, amounts, mode)`` after each pad by gathering, which operators alone do not show."""
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.remove(watch)
 
 
 class _Padded:
     """Convolution whose padding comes from :func:`pad`; mixed into torch's classes, so parameters and state dict stay theirs."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        choice("padding_mode", padding_mode, MODES)
+        settings: dict[str, Any] = {"padding_mode": "zeros", "device": device, "dtype": dtype}  # torch's constructor knows zeros
+        torch_class: Any = super()
+        torch_class.__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **settings)
+        self.padding_mode = padding_mode
 
     _convolve: Callable[..., Tensor]
     _reversed_padding_repeated_twice: list[int]
@@ -91,21 +144,10 @@ class _Padded:
         return type(self)._convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
-def _built(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Checks the mode and hands torch's constructor one that it knows."""
-    mode = kwargs.get("padding_mode", "zeros")
-    choice("padding_mode", mode, MODES)
-    return {**kwargs, "padding_mode": "zeros"}
-
-
 class Conv1d(_Padded, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """``torch.nn.Conv1d`` whose ``padding_mode`` may be ``"symmetric"`` too, and whose padding may exceed the input."""
 
     _convolve = staticmethod(F.conv1d)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_built(nn.Conv1d, args, kwargs))
-        self.padding_mode = kwargs.get("padding_mode", "zeros")
 
 
 class Conv2d(_Padded, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -113,19 +155,11 @@ class Conv2d(_Padded, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableO
 
     _convolve = staticmethod(F.conv2d)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_built(nn.Conv2d, args, kwargs))
-        self.padding_mode = kwargs.get("padding_mode", "zeros")
-
 
 class Conv3d(_Padded, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """``torch.nn.Conv3d`` whose ``padding_mode`` may be ``"symmetric"`` too, and whose padding may exceed the input."""
 
     _convolve = staticmethod(F.conv3d)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **_built(nn.Conv3d, args, kwargs))
-        self.padding_mode = kwargs.get("padding_mode", "zeros")
 
 
 def ratio(
@@ -151,6 +185,12 @@ _kept_ratio = functools.lru_cache(maxsize=256)(ratio)
 class _Partial:
     """Partial convolution (Liu et al., 2018, as padding): sums over real pixels, scaled up to the whole window."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        torch_class: Any = super()
+        torch_class.__init__(*args, **kwargs)
+        if torch_class.__getattribute__("padding_mode") != "zeros":
+            raise ValueError("a partial convolution has a padding of its own: padding_mode must be 'zeros'")
+
     _convolve: Callable[..., Tensor]
     _reversed_padding_repeated_twice: list[int]
     kernel_size: Any
@@ -164,9 +204,10 @@ class _Partial:
         found = type(self)._convolve(F.pad(input, amounts), weight, None, self.stride, 0, self.dilation, self.groups)
         wide = torch.float64 if found.dtype == torch.float64 else torch.float32
         sizes = tuple(int(size) for size in input.shape[-rank:])
-        count = ratio if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() else _kept_ratio
-        with torch.autocast(found.device.type, enabled=False):
-            factor = count(sizes, tuple(self.kernel_size), tuple(self.stride), tuple(self.dilation), amounts, found.device, wide)
+        count = _kept_ratio if _is_plain(found) else ratio
+        device = found.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            factor = count(sizes, tuple(self.kernel_size), tuple(self.stride), tuple(self.dilation), amounts, found.device, wide)[0, 0]
         found = (found * factor).to(found.dtype)
         return found if bias is None else found + bias.to(found.dtype).view(-1, *[1] * rank)
 
@@ -189,6 +230,7 @@ class PartialConv3d(_Partial, nn.Conv3d):
     _convolve = staticmethod(F.conv3d)
 
 
+_PADS = (nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd)
 _PLAIN: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PADDED: tuple[type[nn.Module], ...] = (Conv1d, Conv2d, Conv3d)
 _PARTIAL: tuple[type[nn.Module], ...] = (PartialConv1d, PartialConv2d, PartialConv3d)
@@ -235,10 +277,15 @@ def convert(
         if where is not None and not (where(name, module) if callable(where) else name in cast("set[str]", names)):
             continue
         if isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d):
-            if _is_padded(module.padding) and mode != "zeros":
-                changed += module.count_include_pad
-                module.count_include_pad = False
+            if _is_padded(module.padding):
+                original = getattr(module, _COUNTED, module.count_include_pad)  # kept, so that the way back is open
+                wanted = original if mode == "zeros" else False
+                changed += wanted != module.count_include_pad
+                setattr(module, _COUNTED, original)
+                module.count_include_pad = wanted
             continue
+        if isinstance(module, _PADS):
+            warnings.warn(f"layer {name!r} pads by itself and is left as it is", OutlastWarning, stacklevel=2)
         changed += _convert_layer(name, module, mode)
     if not changed:
         warnings.warn(f"changed=0: no padded convolution was given padding mode {mode!r}", OutlastWarning, stacklevel=2)
@@ -251,9 +298,12 @@ def _is_padded(padding: Any) -> bool:
 
 def _convert_layer(name: str, module: nn.Module, mode: str) -> bool:
     for plain, padded, partial in zip(_PLAIN, _PADDED, _PARTIAL, strict=True):
-        if not isinstance(module, plain) or not _is_padded(module.padding):
+        if not isinstance(module, plain):
             continue
-        if type(module) not in (plain, padded, partial):
+        own = type(module) not in (plain, padded, partial)
+        if not _is_padded(module.padding) and not (own and max(cast("tuple[int, ...]", module.kernel_size)) > 1):
+            continue
+        if own:
             message = f"layer {name!r} is a {type(module).__name__}, which pads in its own way; it is left as it is"
             warnings.warn(message, OutlastWarning, stacklevel=4)
             return False

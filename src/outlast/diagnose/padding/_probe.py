@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class BlindSpotMap(Result):
         rows: top edges of the stimulus, in pixels.
         columns: left edges.
         centre: median score over the central half of the grid.
-        blind: share of places below ``rel`` times the centre.
+        blind: share of places whose score lies more than ``1 - rel`` of the centre's size below the centre (below ``rel`` times a centre
+            above 0).
         rel: as given.
         bands: mean over the two outermost rows or columns, ``(top, bottom, left, right)``.
         argmin: ``(row, column)`` of the least score, in pixels.
@@ -42,8 +44,10 @@ class BlindSpotMap(Result):
     argmin: tuple[int, int]
 
     def _draw(self, ax: Any) -> None:
-        extent = (self.columns[0], self.columns[-1] + 1, self.rows[-1] + 1, self.rows[0])
-        shown = ax.imshow(self.scores.numpy(), extent=extent, cmap="viridis")
+        edges = [[places[0] - 0.5, *((a + b) / 2.0 for a, b in pairwise(places)), places[-1] + 0.5] for places in (self.columns, self.rows)]
+        shown = ax.pcolormesh(*edges, self.scores.numpy(), cmap="viridis")
+        ax.invert_yaxis()
+        ax.set_aspect("equal")
         ax.figure.colorbar(shown, ax=ax, label="score")
         ax.set_title(f"{100 * self.blind:.0f} % of the places are blind")
         ax.set_xlabel("left edge of the stimulus")
@@ -74,11 +78,11 @@ def probe(
         stride: pixels between places, counted from both edges to the middle, so that opposite edges compare.
         batch_size: images at a time.
         alpha: opacity of the stimulus, ``(h, w)`` or its shape; 1 everywhere.
-        rel: a place counts as blind below this share of the centre's score.
+        rel: a place counts as blind below this share of the centre's score (see ``BlindSpotMap.blind``).
 
     Raises:
         TypeError: not a module, or a score of another shape.
-        ValueError: a stimulus larger than the background, other channels, settings out of range.
+        ValueError: a stimulus larger than the background, other channels, an opacity of another shape, settings out of range.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -97,14 +101,17 @@ def probe(
         raise ValueError(f"a stimulus of {h}x{w} does not fit into {len(scenes)} backgrounds of {H}x{W}")
     rows, columns = _grid(H - h, stride), _grid(W - w, stride)
     device = device_of(model)
-    opacity = torch.ones(1, h, w) if alpha is None else alpha.expand(1, h, w) if alpha.ndim == 2 else alpha
+    opacity = torch.ones(h, w) if alpha is None else alpha.cpu()
+    if tuple(opacity.shape) not in ((h, w), (1, h, w), tuple(stimulus.shape)) or not bool(((opacity >= 0.0) & (opacity <= 1.0)).all()):
+        raise ValueError(f"alpha must be in [0, 1] and of the stimulus's size {(h, w)}, got shape {tuple(opacity.shape)}")
+    scenes, stimulus = scenes.cpu(), stimulus.cpu()
     grid = [(y, x) for y in rows for x in columns]
     jobs = [(scene, y, x) for scene in range(len(scenes)) for y, x in grid]
     found: list[Tensor] = []
     with torch.no_grad(), eval_mode(model):
         for start in range(0, len(jobs), batch_size):
             part = jobs[start : start + batch_size]
-            images = torch.stack([scenes[scene] for scene, _, _ in part]).clone()
+            images = torch.stack([scenes[scene] for scene, _, _ in part])
             for image, (_, y, x) in zip(images, part, strict=True):
                 patch = image[:, y : y + h, x : x + w]
                 image[:, y : y + h, x : x + w] = opacity * stimulus + (1.0 - opacity) * patch
@@ -113,7 +120,9 @@ def probe(
             if not isinstance(scores, Tensor) or scores.shape != (len(part),):
                 shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise TypeError(f"score must give one number for each image, shape ({len(part)},), got {shape}")
-            found.append(scores.detach().double().cpu())
+            found.append(scores.detach().cpu().double())
+    if not all(bool(scores.isfinite().all()) for scores in found):
+        raise ValueError("score gave NaN or infinity: a map that holds them, or a diverged model")
     mean = torch.cat(found).view(len(scenes), len(rows), len(columns)).mean(0)
     inner = mean[len(rows) // 4 : len(rows) - len(rows) // 4, len(columns) // 4 : len(columns) - len(columns) // 4]
     centre = float(inner.median())
@@ -123,7 +132,7 @@ def probe(
         rows=tuple(rows),
         columns=tuple(columns),
         centre=centre,
-        blind=float((mean < rel * centre).double().mean()),
+        blind=float((mean < centre - (1.0 - rel) * abs(centre)).double().mean()),
         rel=rel,
         bands=tuple(float(band.mean()) for band in (mean[:2], mean[-2:], mean[:, :2], mean[:, -2:])),  # pyright: ignore[reportArgumentType]
         argmin=(rows[low // len(columns)], columns[low % len(columns)]),
@@ -152,14 +161,17 @@ def heat_map(channel: int, stride: float, radius: float) -> Score:
     Args:
         channel: of the map.
         stride: pixels of the input between neighbours of the map, whose first is at pixel 0.
-        radius: in cells of the map.
+        radius: in cells of the map; the nearest cell always counts.
     """
 
     def score(output: Any, places: Tensor) -> Tensor:
         maps = output[:, channel]
         y, x = (torch.arange(size, device=maps.device, dtype=places.dtype) for size in maps.shape[1:])
         at = places / stride
-        near = ((y[None, :, None] - at[:, :1, None]).abs() <= radius) & ((x[None, None] - at[:, 1:, None]).abs() <= radius)
+        rows, columns = ((cells[None] - at[:, [axis]]).abs() for axis, cells in enumerate((y, x)))
+        # The nearest cell always counts: a small radius may hold none, and the last one may end before the border.
+        rows, columns = (d <= torch.maximum(d.amin(1, keepdim=True), d.new_tensor(radius)) for d in (rows, columns))
+        near = rows[:, :, None] & columns[:, None]
         return maps.masked_fill(~near, -torch.inf).flatten(1).amax(1)
 
     return score

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from outlast._core._norm import eval_mode
+from outlast.diagnose.padding._pad import _Partial, watching_pads
 from outlast.errors import OutlastWarning, UnsupportedError
 
 aten = torch.ops.aten
@@ -29,13 +31,13 @@ class Step:
     """One operation on the spatial axes.
 
     Attributes:
-        kind: ``"input"``, ``"window"``, ``"transposed"``, ``"pad"``, ``"resize"``, ``"global"`` or ``"join"``.
+        kind: ``"input"``, ``"window"``, ``"transposed"``, ``"pad"``, ``"resize"``, ``"adaptive"``, ``"global"`` or ``"join"``.
         name: of the module that ran it.
         op: as it is printed, such as ``"conv"`` or ``"max_pool"``.
         sources: numbers of the steps it reads.
         sizes: lengths of the axes before and after, as traced.
         axes: for each spatial axis what the operation does there.
-        mode: of padding, for pads.
+        mode: of padding, for pads; "partial" for what partial convolutions do.
         ceil_mode: of pooling.
         weights: for joins, what each source counts; empty for 1 each.
     """
@@ -54,9 +56,13 @@ class Step:
 
 @dataclass
 class Graph:
-    """Steps in the order in which they ran; the first are the inputs."""
+    """Steps in the order in which they ran; the first are the inputs.
+
+    ``unread`` names layers that read a map whose place was lost, and the operation that lost it.
+    """
 
     steps: list[Step] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class _Reader(TorchDispatchMode):
         super().__init__()
         self.graph, self.running, self.names = graph, running, names
         self.places: Any = WeakTensorKeyDictionary()
+        self.lost: Any = WeakTensorKeyDictionary()  # tensors that come from the input, and the operation that lost their place
 
     def begin(self, tensor: Tensor, rank: int) -> None:
         dims = tuple(range(-rank, 0))
@@ -113,9 +120,17 @@ class _Reader(TorchDispatchMode):
             place = self.places.get(args[0]) or self._padded_inside(op, args[0])
             if place is not None:
                 self._add(spatial(args, kwargs), place, args[0], first)
+            elif op in _WINDOWS:
+                self._unread(op, args[0], first)
+            elif args[0] in self.lost:
+                self._lose(op, first, self.lost[args[0]])
             return
-        inputs = [t for t in _tensors(args) if t in self.places]
+        given = _tensors(args)
+        inputs = [t for t in given if t in self.places]
         if not inputs:
+            gone = next((self.lost[t] for t in given if t in self.lost), None)
+            if gone is not None:
+                self._lose(op, first, gone)
             return
         if op in (aten.permute, aten.transpose, aten.t):
             self._permute(op, args, first, self.places[inputs[0]])
@@ -123,6 +138,30 @@ class _Reader(TorchDispatchMode):
         outputs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
         for each in outputs:
             self._inherit(op, inputs, each)
+            if each not in self.places:
+                self._lose(op, each, str(op).rpartition(".")[2])
+
+    def _lose(self, op: Any, out: Tensor, cause: str) -> None:
+        """Remember that the place of a map is not known any more; no cause for the regions that a detector has cut out."""
+        if out.ndim >= 3 and out.is_floating_point():
+            self.lost[out] = "" if str(op).startswith("torchvision") else cause
+
+    def _unread(self, op: Any, source: Tensor, out: Tensor) -> None:
+        """A window reads a map that is not followed: that must be said."""
+        cause = self.lost.get(source, "a copy")
+        inside = bool(self.running) and not isinstance(self.running[-1][0], _Partial)  # partial convolutions count taps on ones
+        if cause and inside and source.ndim >= 3 and max(source.shape[2:], default=1) > 1:
+            self.graph.unread.setdefault(self._name(), cause)
+        self._lose(op, out, cause)
+
+    def padded(self, source: Tensor, out: Tensor, amounts: Sequence[int], mode: str) -> None:
+        """An explicit pad whose operators (copies, gathers) do not tell what they are."""
+        place = self.places.get(source)
+        if place is not None and place.dims == tuple(range(-len(place.dims), 0)):
+            values = [*amounts, *[0] * (2 * len(place.dims) - len(amounts))]
+            pairs = list(zip(values[::2], values[1::2], strict=True))[::-1]
+            axes = [{"left": left, "right": right} for left, right in pairs]
+            self._add({"kind": "pad", "op": f"pad_{mode}", "axes": axes, "mode": mode}, place, source, out)
 
     def _padded_inside(self, op: Any, padded: Tensor) -> _Place | None:
         """The place of what a convolution with a padding mode made of its input: torch wraps by copying, ours by indexing."""
@@ -147,6 +186,10 @@ class _Reader(TorchDispatchMode):
             if fits and (out.ndim == tensor.ndim or place.dims == tuple(range(-len(place.dims), 0))):
                 found.append(place)
         if not found:
+            place = self.places[inputs[0]]
+            fits = out.ndim == inputs[0].ndim and set(spatial_sizes(out, place.dims)) == {1}
+            if op in _REDUCTIONS and fits:  # a global mean that keeps its axes, as in squeeze-and-excite
+                self._add(_adaptive((), {}), place, inputs[0], out)
             return
         steps = tuple(dict.fromkeys(place.step for place in found))
         if len(steps) > 1:
@@ -157,6 +200,8 @@ class _Reader(TorchDispatchMode):
                 for tensor in inputs:
                     channels[self.places[tensor].step] = channels.get(self.places[tensor].step, 0.0) + tensor.shape[1]
                 weights = tuple(channels[step] / out.shape[1] for step in steps)
+            if op is aten.mul:  # a gate is made from what it multiplies, and counts as 1
+                weights = tuple(float(step == min(steps)) for step in steps)
             name = str(op).rpartition(".")[2]
             self.graph.steps.append(Step("join", self._name(), name, steps, sizes, sizes, weights=weights))
             self.places[out] = _Place(len(self.graph.steps) - 1, found[0].dims)
@@ -183,6 +228,10 @@ class _Reader(TorchDispatchMode):
         axes = tuple(dict(axis) for axis in found.pop("axes"))
         if len(axes) != rank:
             axes = axes[-rank:] if len(axes) > rank else axes + ({},) * (rank - len(axes))
+        if self.running and isinstance(self.running[-1][0], _Partial):
+            found["mode"] = "partial"
+        if found["kind"] == "adaptive" and set(after) == {1}:
+            found["kind"] = "global"
         self.graph.steps.append(Step(name=self._name(), sources=(place.step,), before=before, after=after, axes=axes, **found))
         self.places[out] = _Place(len(self.graph.steps) - 1, place.dims)
 
@@ -259,8 +308,25 @@ def _resize(args: Any, _: Any) -> dict[str, Any]:
     return {"kind": "resize", "op": "resize", "axes": []}
 
 
-def _global(args: Any, _: Any) -> dict[str, Any]:
-    return {"kind": "global", "op": "adaptive_pool", "axes": []}
+def _adaptive(args: Any, _: Any) -> dict[str, Any]:
+    return {"kind": "adaptive", "op": "adaptive_pool", "axes": []}
+
+
+class _CircularPads(TorchFunctionMode):
+    """Sees circular padding before torch turns it into copies."""
+
+    def __init__(self, reader: _Reader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is nn.functional.pad:
+            amounts = args[1] if len(args) > 1 else kwargs["pad"]
+            if (args[2] if len(args) > 2 else kwargs.get("mode")) == "circular":
+                self._reader.padded(args[0], out, amounts, "circular")
+        return out
 
 
 _SPATIAL: dict[Any, Callable[[Any, Any], dict[str, Any]]] = {
@@ -276,10 +342,10 @@ _SPATIAL: dict[Any, Callable[[Any, Any], dict[str, Any]]] = {
     aten.replication_pad1d: _pad("replicate"),
     aten.replication_pad2d: _pad("replicate"),
     aten.replication_pad3d: _pad("replicate"),
-    aten._adaptive_avg_pool2d: _global,
-    aten._adaptive_avg_pool3d: _global,
-    aten.adaptive_max_pool2d: _global,
-    aten.adaptive_max_pool3d: _global,
+    aten._adaptive_avg_pool2d: _adaptive,
+    aten._adaptive_avg_pool3d: _adaptive,
+    aten.adaptive_max_pool2d: _adaptive,
+    aten.adaptive_max_pool3d: _adaptive,
     **{
         getattr(aten, name): _resize
         for name in (
@@ -297,13 +363,28 @@ _SPATIAL: dict[Any, Callable[[Any, Any], dict[str, Any]]] = {
 }
 
 
+_WINDOWS = (
+    aten.convolution,
+    aten.max_pool2d_with_indices,
+    aten.max_pool3d_with_indices,
+    aten.avg_pool2d,
+    aten.avg_pool3d,
+)
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "_FabricModule": "module",
+}
+_REDUCTIONS = (aten.mean, aten.sum, aten.amax, aten.max, aten.amin)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile and data parallelism."""
-    for name in ("_orig_mod", "module"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module) and len(list(model.children())) == 1:
-            return unwrapped(inner)
-    return model
+    name = _WRAPPERS.get(type(model).__name__)  # a user's own module with a child of that name does more than call it
+    inner = getattr(model, name, None) if name else None
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 @contextmanager
@@ -339,6 +420,7 @@ def trace(
     batch: int = 1,
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    quiet: bool = False,
 ) -> Graph:
     """Run the model once and write down what happens on the spatial axes.
 
@@ -348,6 +430,7 @@ def trace(
         batch: images in the pass.
         args: further positional arguments of the model.
         kwargs: keyword arguments.
+        quiet: no warning where real zeros are used.
 
     Raises:
         ValueError: the input is smaller than a window; the message names the layer.
@@ -360,10 +443,9 @@ def trace(
         runner = _without_memory(inner)
         names = {module: name for name, module in runner.named_modules()}
         weights: dict[str, Tensor] = {}
-        if device == "meta":
-            weights = {
-                name: torch.empty_like(value, device="meta") for name, value in (*runner.named_parameters(), *runner.named_buffers())
-            }
+        for name, value in (*runner.named_parameters(), *runner.named_buffers()):
+            # Copies on the CPU: the model may be on another device, and a real pass may write into buffers.
+            weights[name] = torch.empty_like(value, device="meta") if device == "meta" else value.detach().to("cpu", copy=True)
         rest = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args or ()]
         named = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in (kwargs or {}).items()}
         with torch.no_grad(), eval_mode(runner), torch.random.fork_rng(devices=[]), _running_modules(stack, names):
@@ -372,18 +454,15 @@ def trace(
             reader = _Reader(graph, stack, names)
             reader.begin(x, len(input_size) - 1)
             try:
-                with reader:
-                    if device == "meta":
-                        torch.func.functional_call(runner, weights, (x, *rest), named)
-                    else:
-                        runner(x, *rest, **named)
+                with reader, _CircularPads(reader), watching_pads(reader.padded):
+                    torch.func.functional_call(runner, weights, (x, *rest), named)
                 return graph
             except Exception as error:
                 failure = error
                 if any(words in str(error) for words in _TOO_SMALL):
                     last = graph.steps[-1].name
                     raise ValueError(f"an input of {tuple(input_size)} is smaller than a window after layer {last!r}: {error}") from error
-        if device == "meta":
+        if device == "meta" and not quiet:
             message = f"the model cannot run without data ({_first_line(failure)}); real zeros are used"
             warnings.warn(message, OutlastWarning, stacklevel=3)
     raise UnsupportedError(f"the model runs neither without data nor on zeros: {_first_line(failure)}") from failure

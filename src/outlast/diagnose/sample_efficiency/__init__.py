@@ -2,13 +2,14 @@
 
 from outlast.diagnose.sample_efficiency._curve import FailedCell, LearningCurve, learning_curve
 from outlast.diagnose.sample_efficiency._dimension import Exponent, SampleCurve, SampleEfficiency, sample_efficiency
-from outlast.diagnose.sample_efficiency._law import Interval, LawFit, NeededSamples, fit_law
+from outlast.diagnose.sample_efficiency._law import Interval, Law, LawFit, NeededSamples, fit_law
 from outlast.diagnose.sample_efficiency._tasks import Task, channel_norm, local_texture, one_hot_sign, quadratic_bound, quadratic_halves
 
 __all__ = [
     "Exponent",
     "FailedCell",
     "Interval",
+    "Law",
     "LawFit",
     "LearningCurve",
     "NeededSamples",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from outlast._core._checks import integer
-from outlast._core._extras import require
 from outlast._core._files import write_whole
 from outlast._core._random import derived_seed
 from outlast._core._random import generator as stream_of
+from outlast._core._ray import ray_session
 from outlast._core._result import Result
 from outlast.diagnose.sample_efficiency._law import LawFit, fit_law
 from outlast.errors import DamagedFileError, OutlastWarning
@@ -109,7 +109,7 @@ def learning_curve(
             fixed test set, in [0, 1]. With ``batched`` it gets ``(index, seeds)`` of one size, ``(seeds, size)`` and a list, and gives as
             many errors.
         num_examples: how many there are.
-        sizes: increasing; otherwise the halves of ``num_examples``, seven sizes or down to 16 (and one of each class).
+        sizes: increasing; otherwise the halves of ``num_examples``, seven sizes or down to 16 (and to one example of each class).
         seeds: trainings at each size; subset and initialisation change with them.
         stratify: classes of the examples; the share of each in every subset is then right within one example.
         workers: trainings at the same time, through Ray (extra ``cluster``).
@@ -119,18 +119,21 @@ def learning_curve(
 
     Raises:
         ValueError: sizes that do not increase, exceed ``num_examples`` or leave a class without an example; a folder of another curve.
+        DamagedFileError: a file of the folder cannot be read.
         MissingExtraError: several workers without Ray.
     """
     integer("num_examples", num_examples, low=1)
     integer("seeds", seeds, low=1)
     integer("workers", workers, low=1)
     classes = None if stratify is None else _classes(stratify, num_examples)
-    count = 1 if classes is None else int(classes.max()) + 1
-    chosen = _halves(num_examples, max(_LEAST_SIZE, count)) if sizes is None else [integer("sizes", size, low=1) for size in sizes]
-    _check_sizes(chosen, num_examples, count)
+    length = num_examples if sizes is None else min(num_examples, max(sizes, default=0))
+    sequence = None if classes is None else _class_sequence(torch.bincount(classes).tolist(), length)
+    complete = 1 if classes is None or sequence is None else _complete(sequence, int(classes.max()) + 1)
+    chosen = _halves(num_examples, max(_LEAST_SIZE, complete)) if sizes is None else [integer("sizes", size, low=1) for size in sizes]
+    _check_sizes(chosen, num_examples, complete)
     if batched and workers > 1:
         raise ValueError("batched trains all seeds of a size in one call: use it with workers=1")
-    orders = [_order(classes, num_examples, chosen[-1], stream_of(seed, "subset", number)) for number in range(seeds)]
+    orders = [_order(classes, sequence, num_examples, stream_of(seed, "subset", number))[: chosen[-1]] for number in range(seeds)]
     store = _Store(folder, num_examples, seed, orders) if folder is not None else None
     errors = torch.full((len(chosen), seeds), math.nan, dtype=torch.float64)
     failed: list[FailedCell] = []
@@ -189,24 +192,24 @@ def _halves(num_examples: int, least: int) -> list[int]:
     return sizes[::-1]
 
 
-def _check_sizes(sizes: Sequence[int], num_examples: int, classes: int) -> None:
+def _check_sizes(sizes: Sequence[int], num_examples: int, complete: int) -> None:
     if not sizes or any(later <= size for size, later in pairwise(sizes)):
         raise ValueError(f"sizes must increase, got {tuple(sizes)}")
     if sizes[-1] > num_examples:
         raise ValueError(f"sizes go up to {sizes[-1]}, but there are {num_examples} examples")
-    if sizes[0] < classes:
-        raise ValueError(f"the smallest size, {sizes[0]}, has no room for one example of each of {classes} classes")
+    if sizes[0] < complete:
+        raise ValueError(f"the smallest size, {sizes[0]}, leaves a class without an example; {complete} or more hold one of each")
 
 
-def _order(classes: Tensor | None, num_examples: int, largest: int, stream: torch.Generator) -> Tensor:
+def _order(classes: Tensor | None, sequence: Sequence[int] | None, num_examples: int, stream: torch.Generator) -> Tensor:
     """Numbers of examples; every prefix is a subset, stratified where classes are given."""
     shuffled = torch.randperm(num_examples, generator=stream)
-    if classes is None:
-        return shuffled[:largest]
+    if classes is None or sequence is None:
+        return shuffled
     by_class = [shuffled[classes[shuffled] == label] for label in range(int(classes.max()) + 1)]
     taken = [0] * len(by_class)
     order: list[Tensor] = []
-    for label in _class_sequence([len(members) for members in by_class], largest):
+    for label in sequence:
         order.append(by_class[label][taken[label]])
         taken[label] += 1
     return torch.stack(order)
@@ -231,6 +234,12 @@ def _class_sequence(counts: Sequence[int], length: int) -> list[int]:
         due[label] -= 1.0
         sequence.append(label)
     return sequence
+
+
+def _complete(sequence: Sequence[int], classes: int) -> int:
+    """How much of a sequence holds every class; one more than its length where it does not."""
+    seen = dict.fromkeys(sequence)
+    return 1 + max(sequence.index(label) for label in seen) if len(seen) == classes else len(sequence) + 1
 
 
 def _number(result: object) -> float | str:
@@ -265,11 +274,7 @@ def _with_ray(
     done: Callable[[int, int, float | str], None],
     workers: int,
 ) -> None:
-    ray: Any = require("ray", extra="cluster", purpose="workers > 1")
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with ray_session(workers, 1, "workers > 1") as ray:
         remote = ray.remote(num_cpus=1)(_run)
         call = ray.put(fit_and_score)
         waiting, running = list(jobs), dict[Any, tuple[int, int]]()
@@ -284,9 +289,6 @@ def _with_ray(
                 except ray.exceptions.RayError as error:  # the worker died
                     result = f"{type(error).__name__}: {error}"
                 done(*job, result)
-    finally:
-        if started:
-            ray.shutdown()
 
 
 class _Store:
@@ -313,6 +315,8 @@ class _Store:
             error = float(record.pop("error"))
         except (ValueError, KeyError, TypeError, AttributeError) as problem:
             raise DamagedFileError(f"{path} is no finished training ({problem}); remove it") from problem
+        if not 0.0 <= error <= 1.0:
+            raise DamagedFileError(f"{path} holds the error {error}, which is not in [0, 1]; remove it")
         if record != self._identity(size, number):
             raise ValueError(f"{path} belongs to another curve (other examples, classes or seed): give this one a folder of its own")
         return error

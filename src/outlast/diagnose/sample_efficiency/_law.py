@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from outlast._core._checks import integer, real
+from outlast._core._random import own_stream
 from outlast._core._result import JSON, Result, to_json
 from outlast._core._typing import Float
 from outlast.errors import OutlastWarning
@@ -45,7 +46,7 @@ class NeededSamples(Result):
     Attributes:
         target: the error.
         n: examples; None if the law does not reach the target.
-        low: lower end of the 95 % interval; None if no draw reaches it.
+        low: lower end of the 95 % interval; None if fewer than 2.5 % of the draws reach the target.
         high: upper end; None where it has none.
         more: examples beyond the largest measured number; None as ``n``.
         reachable_probability: share of the bootstrap draws whose law reaches the target with any number.
@@ -53,6 +54,7 @@ class NeededSamples(Result):
         far: ``n`` is more than 32 times the largest measured number: do not rely on it.
         checked_at: how far the law was tested: largest held-out size over the largest that the test was fitted on.
         off_by: relative error there.
+        measured: the largest number of examples that was measured.
     """
 
     target: float
@@ -122,13 +124,15 @@ class LawFit(Result):
         parameters: ``a``, ``b``, and ``c``, or ``knee`` and ``b_after``, with 95 % intervals of the bootstrap.
         held_out_error: root mean square of the relative errors at the held-out sizes, of the law that was chosen.
         checked_at: largest held-out size over the largest size that this test was fitted on.
-        widening: factor by which intervals are wider than the bootstrap's.
+        widening: factor by which intervals are wider than the bootstrap's, so that the law's miss at the held-out sizes lies inside; 1 for
+            a constant.
         scores: of every law that was tried: half the squared held-out errors in units of their noise.
-        reliable: whether predictions deserve trust.
+        reliable: False where the error grows with data, or the chosen law missed the held-out sizes by more than 10 %.
         why: what speaks against it, and what was left out.
-        sizes: as given.
+        sizes: as given, without those of too few seeds.
         errors: mean error at each size.
         held_out: how many of the largest sizes were held out.
+        seed_errors: ``(sizes, seeds)``, NaN where a training failed.
     """
 
     law: str
@@ -142,6 +146,7 @@ class LawFit(Result):
     sizes: tuple[int, ...]
     errors: tuple[float, ...]
     held_out: int
+    seed_errors: Tensor
     _point: _Curves
     _draws: _Curves
     _extra: float
@@ -177,7 +182,7 @@ class LawFit(Result):
         target = real("target_error", target_error, low=0.0, high=1.0, low_open=True)
         largest = self.sizes[-1]
         draws = self._draws
-        reach = (draws.floor < target) & ((draws.b + draws.steeper > 0.0) | (draws.log_a.exp() + draws.floor <= target))
+        reach = (draws.floor < target) & ((draws.b + draws.steeper > 0.0) | (draws.log_a.exp() + draws.floor <= target * (1.0 + 1e-9)))
         share = float(reach.double().mean())
         n = self._inverse(target)
         shared: dict[str, Any] = {
@@ -187,21 +192,26 @@ class LawFit(Result):
             "off_by": self.held_out_error,
             "measured": largest,
         }
-        if n is None:
-            return NeededSamples(n=None, low=None, high=None, more=None, reachable=False, far=False, **shared)
-        log_n = torch.linspace(0.0, math.log(largest) + math.log(1e4), 1200, dtype=torch.float64)
+        last = math.log(1e4 * largest) if n is None else max(math.log(1e4 * largest), math.log(n) + math.log(1e3))
+        log_n = torch.linspace(0.0, last, 1500, dtype=torch.float64)
         point = self._point.log_error(log_n)[0]
-        curves = point + self.widening * (draws.log_error(log_n) - point)
-        goal = math.log(target)
-        below = curves.cummin(1).values <= goal  # the first size that gets there
-        first = torch.where(below.any(1), below.int().argmax(1), len(log_n)).clamp_max(len(log_n))
-        ends = torch.cat([log_n.exp(), torch.tensor([math.inf], dtype=log_n.dtype)])[first].sort().values
-        low, high = (float(ends[min(len(ends) - 1, round(q * (len(ends) - 1)))]) for q in (0.025, 0.975))
-        shift = math.exp(self._extra / max(float(self._point.b[0]), 1e-9)) if self._extra else 1.0
-        low, high = min(low, n) / shift, max(high, n) * shift
+        curves = (point + self.widening * (draws.log_error(log_n) - point)).cummin(1).values
+        places = torch.cat([log_n.exp(), torch.tensor([math.inf], dtype=log_n.dtype)])
+
+        def reached(log_goal: float, share: float) -> float:
+            """The size at which this share of the draws has reached an error."""
+            below = curves <= log_goal
+            first = torch.where(below.any(1), below.int().argmax(1), len(log_n))
+            return float(places[first].sort().values[round(share * (len(first) - 1))])
+
+        low, high = reached(math.log(target) + self._extra, 0.025), reached(math.log(target) - self._extra, 0.975)
+        if n is None:
+            low_end = None if math.isinf(low) else low
+            return NeededSamples(n=None, low=low_end, high=None, more=None, reachable=False, far=False, **shared)
+        low, high = min(low, n), max(high, n)
         return NeededSamples(
             n=n,
-            low=None if math.isinf(low) else low,
+            low=low,
             high=None if math.isinf(high) else high,
             more=max(0, math.ceil(n) - largest),
             reachable=share >= 0.95,
@@ -212,7 +222,9 @@ class LawFit(Result):
     def _inverse(self, target: float) -> float | None:
         point = self._point
         log_a, b, floor, steeper, knee = (float(getattr(point, name)[0]) for name in ("log_a", "b", "floor", "steeper", "knee"))
-        if self.law == "constant" or target <= floor:
+        if self.law == "constant":
+            return float(self.sizes[0]) if math.log(target) >= log_a - 1e-9 else None
+        if target <= floor:
             return None
         goal = math.log(target - floor)
         log_n = (log_a - goal) / b if b > 0.0 else math.inf
@@ -245,6 +257,8 @@ class LawFit(Result):
         ax.fill_between(n, low, high, alpha=0.2, label="95 %")
         fitted = len(self.sizes) - self.held_out
         percent = [100.0 * error for error in self.errors]
+        for column in self.seed_errors.T:
+            ax.plot(self.sizes, 100.0 * column.numpy(), ".", color="grey", markersize=3)
         ax.plot(self.sizes[:fitted], percent[:fitted], "o", color="black", label="measured")
         ax.plot(self.sizes[fitted:], percent[fitted:], "o", color="black", fillstyle="none", label="held out for the choice")
         ax.set_xscale("log")
@@ -270,19 +284,19 @@ def fit_law(
     the best is fitted again on all. Weighted least squares on ``log(e - c)``; weights from the variance over seeds, drawn towards its mean
     over sizes (two or three seeds say little about one size) and not below that of a count of ``test_size``. Intervals: bootstrap over
     seeds within each size and over laws (by how likely their misses at the held-out sizes are; none counts less than a tenth of the
-    likeliest), then widened until the chosen law's own miss lies inside.
+    likeliest), then widened until the chosen law's own miss lies inside, and by 2 % since no law is exact.
 
     Args:
         sizes: numbers of examples, increasing.
         errors: in [0, 1]; NaN for a training that failed.
         laws: among ``"power"``, ``"power_floor"``, ``"broken"``; the last takes 8 sizes or more.
         hold_out: largest sizes that are held out, 2 or more; more where these do not span a factor of 4.
-        bootstrap: draws.
+        bootstrap: draws, 100 or more.
         test_size: examples that errors were measured on.
-        generator: of the bootstrap.
+        generator: of the bootstrap; a fixed one otherwise.
 
     Returns:
-        The law. A curve that is flat within noise gets ``"constant"``.
+        The law. A curve that is flat within noise, or rises, gets ``"constant"``.
 
     Raises:
         ValueError: sizes that do not increase, errors outside [0, 1], too few sizes for every law, unknown laws.
@@ -312,6 +326,7 @@ def fit_law(
     if not possible:
         raise ValueError(f"{n_sizes} sizes with {hold_out} held out are too few for {', '.join(laws)}")
 
+    given, generator = values, own_stream(generator, "law of a learning curve")
     values, zeros = _positive(values, test_size)
     if zeros:
         why.append(f"an error of exactly 0 counts as {zeros:.2g}")
@@ -323,8 +338,8 @@ def fit_law(
     both = torch.cat([mean[None], resampled])  # the data themselves first
 
     slopes = _line(log_n, both.log(), weights[None])[1]
-    rising = float(slopes[1:].quantile(0.975)) < 0.0
-    flat = not rising and float(slopes[1:].quantile(0.025)) <= 0.0
+    rising = float(slopes[1:].quantile(0.975)) < -1e-9
+    flat = not rising and float(slopes[1:].quantile(0.025)) <= 1e-9
     held = log_n[rest:]
     before = {law: _fit(law, log_n[:rest], both[:, :rest], weights[:rest]) for law in possible}
     misses = {law: before[law].log_error(held)[0] - mean[rest:].log() for law in possible}
@@ -343,11 +358,15 @@ def fit_law(
 
     miss = float(misses[best].abs().max())
     law: str = best
-    widening, extra = 1.0, 0.0
+    widening, extra = 1.0, _MODEL_ERROR
     if flat or rising:
         law = "constant"
-        after = {name: _constant(both, weights) for name in possible}
-        misses[best] = mean[rest:].log() - mean[:rest].log().mean()
+        # The slope may be other than 0 within noise: half of the draws keep it.
+        after = {best: _constant(both, weights)}
+        law_of = torch.arange(bootstrap) % 2
+        possible = [best, "slope"]
+        after["slope"] = _fit("power", log_n, both, weights)
+        misses[best] = _constant(both[:, :rest], weights[:rest]).log_error(held)[0] - mean[rest:].log()
     else:
         after = {name: _fit(name, log_n, both, weights) for name in possible}
     point, draws = after[best].pick(torch.tensor([0])), mixture(after)
@@ -355,7 +374,7 @@ def fit_law(
         # What the law missed at the held-out sizes it may miss again as far beyond all sizes, where its bootstrap is narrower.
         ends = [(before, held[-1:]), (after, 2.0 * log_n[-1:] - log_n[rest - 1])]
         half = min(_half_width(mixture(fits), fits[best], place) for fits, place in ends)
-        widening, extra = (max(1.0, miss / half), 0.0) if half > 1e-9 else (1.0, miss)
+        widening, extra = (max(1.0, miss / half), extra) if half > 1e-9 else (1.0, miss + extra)
     held_out_error = float((misses[best].exp() - 1.0).square().mean().sqrt())
     reliable = not rising
     if rising:
@@ -377,6 +396,7 @@ def fit_law(
         sizes=tuple(int(size) for size in sizes),
         errors=tuple(mean.tolist()),
         held_out=hold_out,
+        seed_errors=given,
         _point=point,
         _draws=draws,
         _extra=extra,
@@ -385,7 +405,7 @@ def fit_law(
 
 def _checked(sizes: Sequence[int], errors: Tensor, laws: Sequence[str], hold_out: int, bootstrap: int) -> Tensor:
     integer("hold_out", hold_out, low=2)
-    integer("bootstrap", bootstrap, low=1)
+    integer("bootstrap", bootstrap, low=100)
     for law in laws:
         if law not in LAWS:
             raise ValueError(f"laws must be among {', '.join(map(repr, LAWS))}, got {law!r}")
@@ -427,7 +447,8 @@ def _variance(values: Tensor, mean: Tensor, test_size: int | None) -> Tensor:
     own = 4.0  # prior degrees of freedom: as much as five seeds
     single = (squares + own * pooled) / (count - 1.0 + own)
     if test_size is not None:
-        single = torch.maximum(single, (1.0 - mean) / (mean * test_size))
+        # All seeds are measured on one test set, whose noise does not average out.
+        return torch.maximum(single / count, (1.0 - mean) / (mean * test_size))
     return single / count
 
 

@@ -20,7 +20,7 @@ class Task:
     Attributes:
         name: of the task.
         shape: of an input.
-        draw: ``draw(n, generator)`` gives independent inputs ``(n, *shape)`` and labels ``(n,)`` of 0 and 1.
+        draw: ``draw(n, generator)`` gives inputs ``(n, *shape)`` and labels ``(n,)`` of 0 and 1.
     """
 
     name: str
@@ -119,6 +119,9 @@ def one_hot_sign(dim: int) -> Task:
 
     The paper's warm-up.
     A training that is blind to rotations and has seen fewer than ``dim / 2`` examples errs on at least a quarter.
+
+    Raises:
+        ValueError: no features.
     """
     integer("dim", dim, low=1)
 
@@ -140,6 +143,9 @@ def quadratic_bound(dim: int, eps: float) -> float:
     Args:
         dim: features d.
         eps: error relative to ``E y^2``, in [0, 1].
+
+    Raises:
+        ValueError: out of range.
     """
     d = integer("dim", dim, low=1)
     return d * (d + 3) / 2.0 * (1.0 - real("eps", eps, low=0.0, high=1.0)) - 1.0
