@@ -17,6 +17,8 @@ NAMES = (
     "mixup",
     "group_invariance",
     "attention",
+    "padding",
+    "sample_efficiency",
 )
 
 for name in sys.argv[1:] or NAMES:

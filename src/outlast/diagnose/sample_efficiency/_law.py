@@ -182,7 +182,7 @@ class LawFit(Result):
         target = real("target_error", target_error, low=0.0, high=1.0, low_open=True)
         largest = self.sizes[-1]
         draws = self._draws
-        reach = (draws.floor < target) & ((draws.b + draws.steeper > 0.0) | (draws.log_a.exp() + draws.floor <= target * (1.0 + 1e-9)))
+        reach = (draws.floor < target) & ((draws.b + draws.steeper > 0.0) | (draws.log_a.exp() + draws.floor <= target * (1.0 + 1e-6)))
         share = float(reach.double().mean())
         n = self._inverse(target)
         shared: dict[str, Any] = {
@@ -223,7 +223,7 @@ class LawFit(Result):
         point = self._point
         log_a, b, floor, steeper, knee = (float(getattr(point, name)[0]) for name in ("log_a", "b", "floor", "steeper", "knee"))
         if self.law == "constant":
-            return float(self.sizes[0]) if math.log(target) >= log_a - 1e-9 else None
+            return float(self.sizes[0]) if math.log(target) >= log_a - 1e-6 else None
         if target <= floor:
             return None
         goal = math.log(target - floor)
