@@ -336,3 +336,66 @@ def test_generative_part_runs_short():
     record = compute(grid[0], lambda *_: None)
     assert set(record["metrics"]) == {"d2", "d4", "d8", "d16", "d32"}
     assert len(record["series"]["samples 2"]) == 8 * 14 * 14
+
+
+# ---- helping processes --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_helper_leaves_nothing_to_do_but_what_measures_speed(tmp_path, log):
+    from outlast.studies._run import assist
+
+    folder = tmp_path / "runs"
+    assist(toy_study.STUDY, plan(), folder, QuietProgress())
+    assert computed(log) == 6
+    assert not list(folder.rglob("run.json"))  # the manifest is the other process's
+    run_toy(folder)
+    assert computed(log) == 6
+    timed = replace(toy_study.STUDY, parts=(replace(toy_study.PART, timed=True), *toy_study.STUDY.parts[1:]))
+    assist(timed, plan(parts=("adding",)), tmp_path / "other", QuietProgress())
+    assert computed(log) == 6
+
+
+def test_helpers_stand_still_while_speed_is_measured(tmp_path):
+    from outlast.cli._helper import Helpers, StandStill
+
+    def state(process):
+        for _ in range(100):
+            found = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if found in "TS":
+                return found
+            time.sleep(0.02)
+        return found
+
+    told = []
+
+    class Told(QuietProgress):
+        def cell_started(self, cell):
+            told.append(("started", cell))
+
+        def cell_finished(self, cell, seconds):
+            told.append(("finished", cell, seconds))
+
+        def cell_failed(self, cell, error):
+            told.append(("failed", cell))
+
+    with subprocess.Popen(["sleep", "60"]) as process, Helpers(tmp_path, 0) as helpers:
+        helpers._running = [process]
+        progress = StandStill(Told(), helpers, lambda cell: cell == "speed")
+        progress.cell_started("accuracy")
+        assert state(process) == "S"
+        progress.cell_finished("accuracy", 1.0)
+        progress.cell_started("speed")
+        time.sleep(0.1)
+        assert state(process) == "T"
+        progress.cell_failed("speed", ValueError())
+        time.sleep(0.1)
+        assert state(process) == "S"
+        progress.cell_started("speed")
+        helpers.__exit__(None, None, None)  # one that stands still is ended, too
+        assert process.returncode == -signal.SIGTERM
+    assert [entry[0] for entry in told] == ["started", "finished", "started", "failed", "started"]
+
+
+def test_parts_that_measure_speed_are_known():
+    timed = {(name, part.name) for name in ("performer", "rfa", "padding", "sam") for part in get(name).parts if part.timed}
+    assert timed == {("performer", "speed"), ("performer", "decoding"), ("rfa", "decoding")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -59,34 +60,54 @@ class Stopped(KeyboardInterrupt):
         self.code = code
 
 
+def demo_plan(study: Study) -> Plan:
+    """A study as the demo runs it."""
+    from outlast.studies._grid import Launch, Plan
+
+    return Plan(study.name, "quick", _seeds_of(study, "quick", None), (), {}, Launch(accelerator="cpu"))
+
+
 @app.command
-def demo(*, out: Out = Path("runs/demo"), quiet: Annotated[bool, Parameter(negative="")] = False, traceback: Traceback = False) -> int:
+def demo(
+    *,
+    out: Out = Path("runs/demo"),
+    processes: Annotated[
+        int | None, Parameter(help="Processes that share the cells: two, or one on a single core. Parts that measure speed run alone.")
+    ] = None,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    traceback: Traceback = False,
+) -> int:
     """Run every study at quick scale on embedded data and write one report.
 
     Interrupt it whenever you like: the same command goes on where it stopped.
     """
+    from outlast.cli._helper import Helpers, StandStill
     from outlast.cli._progress import make_progress
     from outlast.errors import MissingDataError, MissingExtraError
     from outlast.report import write_report
     from outlast.studies import get, names
-    from outlast.studies._grid import Launch, Plan
     from outlast.studies._run import run
     from outlast.studies._summary import not_run, summarise
 
+    processes = min(2, len(os.sched_getaffinity(0))) if processes is None else processes
+    if processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}")
     progress = make_progress(quiet=quiet)
     if not quiet:
         progress.note(f"{len(names())} studies at quick scale; results and report go to {out}")
     page = out / "report.html"
     summaries: list[Summary] = []
-    for name in names():
-        study = get(name)
-        plan = Plan(name, "quick", _seeds_of(study, "quick", None), (), {}, Launch(accelerator="cpu"))
-        try:
-            summaries.append(summarise(run(study, plan, out, progress), _command(plan, out)))
-        except (MissingDataError, MissingExtraError) as error:
-            summaries.append(not_run(study, "quick", str(error)))
-            progress.note(f"{name} is not run: {error}")
-        write_report(summaries, page)
+    with Helpers(out, processes - 1) as helpers:
+        watched = StandStill(progress, helpers, lambda cell: get(cell.origin).part(cell.part).timed)
+        for name in names():
+            study = get(name)
+            plan = demo_plan(study)
+            try:
+                summaries.append(summarise(run(study, plan, out, watched), _command(plan, out)))
+            except (MissingDataError, MissingExtraError) as error:
+                summaries.append(not_run(study, "quick", str(error)))
+                progress.note(f"{name} is not run: {error}")
+            write_report(summaries, page)
     for summary in summaries:
         _print_summary(summary)
     print(f"\nReport: {page.resolve()}")

@@ -150,7 +150,8 @@ class Outcome:
 class Part:
     """A grid of cells with its claims.
 
-    ``version`` goes up whenever ``cell`` computes something else: results of older versions are not used any more.
+    ``version`` goes up whenever ``cell`` computes something else: results of older versions are not used any more. ``timed`` says that
+    cells measure speed, so that nothing else may run beside them.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Part:
     figures: tuple[Figure, ...] = ()
     deviations: tuple[str, ...] = ()
     version: int = 1
+    timed: bool = False
 
     def __post_init__(self) -> None:
         _check_name("part", self.name)

@@ -97,6 +97,23 @@ def run(study: Study, plan: Plan, root: Path, progress: Progress, *, workers: in
     return result
 
 
+def assist(study: Study, plan: Plan, root: Path, progress: Progress) -> None:
+    """Compute cells of a plan that another process runs in the same folder, those excepted that measure speed.
+
+    Returns when all of them are finished. Neither the manifest nor a summary is written: these are the other process's.
+
+    Raises:
+        ValueError: the plan does not fit the study.
+        MissingDataError, MissingExtraError: before any work.
+        OSError: a result cannot be written.
+    """
+    grid = [cell for cell in cells(study, plan) if not study.part(cell.part).timed]
+    check_data(study, plan)
+    store = Store(root, study.name, plan.scale, progress.note)
+    missing = [cell for cell in grid if store.read(cell) is None]
+    _in_process(missing, store, Run(study, plan, store.folder, grid), progress)
+
+
 def collect(study: Study, plan: Plan, root: Path, notify: Callable[[str], None]) -> Run:
     """The finished cells of a plan, computing nothing."""
     store = Store(root, study.name, plan.scale, notify)

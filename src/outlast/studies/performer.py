@@ -286,6 +286,7 @@ def _describe_speed(results: Results) -> str:
 
 _SPEED = Part(
     name="speed",
+    timed=True,
     question="From which length on is it faster than exact attention?",
     settings_type=Speed,
     cell=speed_cell,
@@ -369,6 +370,7 @@ _POSITIONS = tuple(Setting(f"p{position}", f"position {position:,}", {"position"
 
 _DECODING = Part(
     name="decoding",
+    timed=True,
     question="What does one more token cost?",
     settings_type=Decoding,
     cell=decoding_cell,

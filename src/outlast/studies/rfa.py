@@ -392,6 +392,7 @@ _POSITIONS = tuple(Setting(f"p{position}", f"position {position:,}", {"position"
 
 _DECODING = Part(
     name="decoding",
+    timed=True,
     question="What does one more token cost?",
     settings_type=Decoding,
     cell=decoding_cell,
