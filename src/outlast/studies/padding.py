@@ -314,11 +314,12 @@ _BLIND_SPOTS = Part(
                 "dataset": "fashion-mnist",
                 "variant": "small",
                 "widths": (6, 12, 12, 16, 16, 24, 24),
+                "epochs": 8,
                 "backgrounds": 4,
             },
             data=(("fashion-mnist", "small"),),
             dropped="colour photographs, half of the channels, 8 of 12 test backgrounds, the arms with one cure only",
-            minutes=1,
+            minutes=2,
         ),
         "standard": Scale(
             arms=(_SKEWED, "64-symmetric", "65-zeros", _CLEAN),

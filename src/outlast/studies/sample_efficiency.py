@@ -699,7 +699,7 @@ _EQUIVARIANCE = Part(
         ),
         Claim(
             "adam",
-            "Adam on a dense network does not commute with rotations: outputs of coupled trainings differ by 0.01 standard deviations or more",
+            "Adam on a dense network does not commute with rotations: outputs differ by 0.01 standard deviations or more",
             _decades("adam", "orthogonal"),
             -2.0,
         ),

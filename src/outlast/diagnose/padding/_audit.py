@@ -245,7 +245,7 @@ def _window(step: Step, axis: int, rank: int, grid: _Grid) -> tuple[LayerRow, _G
         skew=found.skew,
         skew_input_px=float(found.skew * scale),
         ceil_mode=step.ceil_mode,
-        mode=grid.mode,
+        mode=step.mode if step.mode == "partial" else grid.mode,
         checkerboard=step.kind == "transposed" and extent % stride != 0,
     )
     return row, _Grid(found.out, start, jump)

@@ -50,6 +50,60 @@ def _gathered(x: Tensor, axis: int, left: int, right: int, mode: str) -> Tensor:
     return x.index_select(axis, _kept[key])
 
 
+class _Mirror(torch.autograd.Function):
+    """Symmetric padding by at most the size of each axis: one copy, mirrored strips, and strips added back on the way back.
+
+    Gathering by index would do, but its gradient adds up element by element.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
+        sizes, inner = list(x.shape), [slice(None)] * x.ndim
+        pairs = list(_pairs(x.ndim, amounts))
+        for axis, left, right in pairs:
+            inner[axis] = slice(left, left + x.shape[axis])
+            sizes[axis] += left + right
+        out = x.new_empty(sizes)
+        out[tuple(inner)] = x
+        for axis, left, right in pairs:
+            inner[axis] = slice(None)  # strips of later axes reach over the padding of this one
+            n = x.shape[axis]
+            for start, amount, source in ((0, left, left), (left + n, right, left + n - right)):
+                if amount:
+                    strip, mirrored = list(inner), list(inner)
+                    strip[axis], mirrored[axis] = slice(start, start + amount), slice(source, source + amount)
+                    out[tuple(strip)] = out[tuple(mirrored)].flip(axis)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, ...]], output: Tensor) -> None:
+        ctx.amounts = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _folded(grads[0], list(_pairs(grads[0].ndim, ctx.amounts))), None
+
+
+def _folded(grad: Tensor, pairs: Sequence[tuple[int, int, int]]) -> Tensor:
+    """The middle of a gradient, to which the padding's part is added; the middle is copied once, whatever the number of axes."""
+    if not pairs:
+        return grad.clone()
+    (axis, left, right), rest = pairs[0], pairs[1:]
+    n = grad.shape[axis] - left - right
+    inside = _folded(grad.narrow(axis, left, n), rest)
+    for start, amount, place in ((0, left, 0), (left + n, right, n - right)):
+        if amount:
+            inside.narrow(axis, place, amount).add_(_folded(grad.narrow(axis, start, amount), rest).flip(axis))
+    return inside
+
+
+def _pairs(ndim: int, amounts: Sequence[int]) -> Iterable[tuple[int, int, int]]:
+    """Axis, left and right amount, from the last axis on."""
+    return ((ndim - 1 - place, left, right) for place, (left, right) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)))
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether what is made now may be kept: not what a compiler, a tracer or inference mode makes, which would spoil later calls."""
     return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
@@ -89,10 +143,14 @@ def pad(x: Tensor, amounts: Sequence[int], mode: PaddingMode | str) -> Tensor:
         if limit is None or all(max(left, right) <= size + limit for size, left, right in pairs):
             return F.pad(x, amounts, mode=mode)
     given = x
-    for axis in range(rank):
-        left, right = amounts[2 * axis : 2 * axis + 2]
-        if left or right:
-            x = _gathered(x, -1 - axis, left, right, mode)
+    mirrors = mode == "symmetric" and all(max(amounts[2 * axis : 2 * axis + 2]) <= size for axis, size in enumerate(sizes))
+    if mirrors and not torch.compiler.is_compiling():
+        x = cast("Tensor", _Mirror.apply(x, tuple(amounts)))
+    else:
+        for axis in range(rank):
+            left, right = amounts[2 * axis : 2 * axis + 2]
+            if left or right:
+                x = _gathered(x, -1 - axis, left, right, mode)
     if _watchers and not torch.compiler.is_compiling():
         for watch in _watchers:
             watch(given, x, amounts, mode)
@@ -194,6 +252,7 @@ class _Partial:
     _convolve: Callable[..., Tensor]
     _reversed_padding_repeated_twice: list[int]
     kernel_size: Any
+    padding: Any
     stride: Any
     dilation: Any
     groups: int
@@ -201,7 +260,7 @@ class _Partial:
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002  torch's name
         amounts = tuple(self._reversed_padding_repeated_twice)
         rank = len(amounts) // 2
-        found = type(self)._convolve(F.pad(input, amounts), weight, None, self.stride, 0, self.dilation, self.groups)
+        found = type(self)._convolve(input, weight, None, self.stride, self.padding, self.dilation, self.groups)
         wide = torch.float64 if found.dtype == torch.float64 else torch.float32
         sizes = tuple(int(size) for size in input.shape[-rank:])
         count = _kept_ratio if _is_plain(found) else ratio
