@@ -1,0 +1,298 @@
+"""Self-supervised tasks that a policy's encoder is trained on, before and after deployment.
+
+Hansen et al., "Self-Supervised Policy Adaptation during Deployment", ICLR 2021: inverse dynamics and rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from outlast._core import _checks
+
+Encoder = Callable[[Tensor], Tensor]
+
+
+class RandomCrop(nn.Module):
+    """Crop each image at a place of its own, uniform over all places that fit (both ends included).
+
+    Args:
+        size: height and width of the crop, or one length for squares.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        super().__init__()
+        height, width = (size, size) if isinstance(size, int) else size
+        self.size = (_checks.integer("size", height, low=1), _checks.integer("size", width, low=1))
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Random crops of ``(N, C, H, W)``.
+
+        Raises:
+            ValueError: images smaller than the crop.
+        """
+        tops, lefts = self.places(images, generator)
+        return self.at(images, tops, lefts)
+
+    def places(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Rows and columns where crops begin, ``(N,)`` each."""
+        self._check(images)
+        h, w = self.size
+        H, W = images.shape[-2:]
+        draws = [torch.randint(extent, (len(images),), generator=generator, device="cpu") for extent in (H - h + 1, W - w + 1)]
+        return draws[0].to(images.device), draws[1].to(images.device)
+
+    def at(self, images: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
+        """Crops of ``(N, C, H, W)`` that begin at given places."""
+        h, w = self.size
+        rows = tops[:, None] + torch.arange(h, device=images.device)
+        columns = lefts[:, None] + torch.arange(w, device=images.device)
+        each = torch.arange(len(images), device=images.device)[:, None, None, None]
+        channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+        return images[each, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+    def centre(self, images: Tensor) -> Tensor:
+        """The middle of ``(..., H, W)``, as a policy acts on it."""
+        self._check(images)
+        h, w = self.size
+        top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], self.size, strict=True))
+        return images[..., top : top + h, left : left + w]
+
+    def _check(self, images: Tensor) -> None:
+        h, w = self.size
+        if images.shape[-2] < h or images.shape[-1] < w:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} are smaller than the crop of {self.size}")
+
+    def extra_repr(self) -> str:
+        """Size."""
+        return f"size={self.size}"
+
+
+class AuxTask(nn.Module):
+    """Base of auxiliary tasks: a head whose loss needs no label and no reward.
+
+    Your own task overrides :meth:`loss`, and :meth:`baseline` if a predictor that ignores the observations has another loss than infinity.
+
+    Attributes:
+        same_crop: whether both observations of a transition are cropped at one place.
+        pairs: whether :meth:`loss` reads the first observation, too.
+    """
+
+    same_crop: bool = False
+    pairs: bool = True
+
+    def loss(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Mean loss of a batch of transitions, 0-dim.
+
+        Args:
+            encoder: of observations to features.
+            obs: ``(B, C, H, W)``, as the encoder takes them.
+            action: ``(B, A)``, or ``(B,)`` for discrete ones: what was executed.
+            next_obs: the observations that followed.
+        """
+        raise NotImplementedError
+
+    def baseline(self, action: Tensor) -> float:
+        """Loss of the best constant prediction on these actions: a trained head must be below it."""
+        return float("inf")
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class InverseDynamics(AuxTask):
+    """Predict the action from the observations before and after it.
+
+    The loss is the mean squared error over batch and entries of an action for continuous actions, the cross entropy for discrete ones.
+
+    Args:
+        feature_dim: of the projected features.
+        action_dim: entries of an action, or number of discrete ones.
+        hidden: units of the two hidden layers.
+        discrete: which kind.
+        projection: layers of the task's own between the encoder and the head, such as ``Linear`` and ``LayerNorm``.
+        same_crop: crop both observations at one place; needed without stacked frames, where motion shows between them only.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        action_dim: int,
+        hidden: int = 1024,
+        discrete: bool = False,
+        projection: nn.Module | None = None,
+        same_crop: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("feature_dim", feature_dim), ("action_dim", action_dim), ("hidden", hidden)):
+            _checks.integer(name, value, low=1)
+        self.action_dim, self.discrete, self.same_crop = action_dim, bool(discrete), bool(same_crop)
+        self.projection = nn.Identity() if projection is None else projection
+        self.head = _mlp(2 * feature_dim, hidden, action_dim)
+
+    def predict(self, encoder: Encoder, obs: Tensor, next_obs: Tensor) -> Tensor:
+        """Actions ``(B, A)`` or logits."""
+        both = self.projection(encoder(torch.cat([obs, next_obs])))
+        before, after = both.chunk(2)
+        return self.head(torch.cat([before, after], 1))
+
+    def loss(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Mean squared error, or cross entropy.
+
+        Raises:
+            TypeError: floats for discrete actions.
+            ValueError: actions of another shape or number.
+        """
+        self._check(action, len(obs))
+        found = self.predict(encoder, obs, next_obs).float()
+        return F.cross_entropy(found, action.long()) if self.discrete else F.mse_loss(found, action.to(found.dtype))
+
+    def baseline(self, action: Tensor) -> float:
+        """Variance of the actions, or entropy of their shares."""
+        if self.discrete:
+            shares = torch.bincount(action.long(), minlength=self.action_dim).double() / len(action)
+            return float(-(shares * shares.clamp_min(1e-300).log()).sum())
+        return float(action.double().var(0, correction=0).mean())
+
+    def _check(self, action: Tensor, n: int) -> None:
+        if self.discrete:
+            if action.is_floating_point():
+                raise TypeError(f"discrete actions are whole numbers, got {action.dtype}")
+            if action.shape != (n,) or not bool(((action >= 0) & (action < self.action_dim)).all()):
+                raise ValueError(f"actions must be ({n},) in [0, {self.action_dim}), got shape {tuple(action.shape)}")
+        elif action.shape != (n, self.action_dim):
+            raise ValueError(f"actions must be ({n}, {self.action_dim}), got shape {tuple(action.shape)}")
+
+
+class RotationPrediction(AuxTask):
+    """Tell by which of 0, 90, 180, 270 degrees the observation was turned; it reads the newest one only.
+
+    All frames of a stack turn alike, counter-clockwise as ``torch.rot90(x, k, (-2, -1))`` does. Scenes that look the same turned give no
+    signal.
+
+    Args:
+        feature_dim: of the projected features.
+        hidden: units of the two hidden layers.
+        projection: layers of the task's own between the encoder and the head.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    pairs = False
+
+    def __init__(self, feature_dim: int, hidden: int = 1024, projection: nn.Module | None = None) -> None:
+        super().__init__()
+        for name, value in (("feature_dim", feature_dim), ("hidden", hidden)):
+            _checks.integer(name, value, low=1)
+        self.projection = nn.Identity() if projection is None else projection
+        self.head = _mlp(feature_dim, hidden, 4)
+
+    def loss(
+        self,
+        encoder: Encoder,
+        obs: Tensor,
+        action: Tensor,
+        next_obs: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Mean cross entropy of the turns, drawn for each image.
+
+        Raises:
+            ValueError: images that are not square.
+        """
+        turns = torch.randint(4, (len(next_obs),), generator=generator, device="cpu").to(next_obs.device)
+        return F.cross_entropy(self.head(self.projection(encoder(turned(next_obs, turns)))).float(), turns)
+
+    def baseline(self, action: Tensor) -> float:
+        """Ln 4: four turns, none likelier."""
+        return float(torch.tensor(4.0).log())
+
+
+def turned(images: Tensor, turns: Tensor) -> Tensor:
+    """Each of ``(N, C, H, W)`` turned counter-clockwise by its number of quarter turns.
+
+    Raises:
+        ValueError: images that are not square.
+    """
+    if images.shape[-1] != images.shape[-2]:
+        raise ValueError(f"rotation needs square images, got {tuple(images.shape[-2:])}")
+    found = images.clone()
+    for k in (1, 2, 3):
+        rows = turns == k
+        if bool(rows.any()):
+            found[rows] = images[rows].rot90(k, (-2, -1))
+    return found
+
+
+def joint_step(
+    encoder: nn.Module,
+    aux: AuxTask,
+    optimizer: torch.optim.Optimizer,
+    obs: Tensor,
+    action: Tensor,
+    next_obs: Tensor,
+    *,
+    augment: RandomCrop | None = None,
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> float:
+    """One step of the auxiliary task on a batch of replayed transitions, to be called inside any RL loop.
+
+    Args:
+        encoder: shared with the policy.
+        aux: the task; its head learns, too.
+        optimizer: of the encoder's and the task's parameters.
+        obs: ``(B, C, H, W)``, uint8 or floats in [0, 1]; bytes are divided by 255.
+        action: as executed.
+        next_obs: what followed.
+        augment: crops both, at places of their own unless the task says otherwise.
+        scale: weight of the loss.
+        generator: of crops and turns.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError, TypeError: as the task's loss raises.
+    """
+    _checks.real("scale", scale, low=0.0)
+    before, after = prepared(aux, obs, next_obs, augment, generator)
+    optimizer.zero_grad()
+    loss = loss_of(aux, encoder, before, action, after, generator)
+    (scale * loss).backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def as_floats(obs: Tensor) -> Tensor:
+    """Bytes in [0, 1]; floats as they are."""
+    return obs.float() / 255.0 if obs.dtype == torch.uint8 else obs
+
+
+def prepared(aux: AuxTask, obs: Tensor, next_obs: Tensor, augment: Any, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Both observations of transitions as floats, cropped as the task wants."""
+    if augment is None:
+        return as_floats(obs), as_floats(next_obs)
+    if aux.same_crop and isinstance(augment, RandomCrop):
+        tops, lefts = augment.places(obs, generator)
+        return as_floats(augment.at(obs, tops, lefts)), as_floats(augment.at(next_obs, tops, lefts))
+    return as_floats(augment(obs, generator)), as_floats(augment(next_obs, generator))
+
+
+def loss_of(aux: AuxTask, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The task's loss, with the generator for tasks that draw."""
+    if isinstance(aux, RotationPrediction):
+        return aux.loss(encoder, obs, action, next_obs, generator)
+    return aux.loss(encoder, obs, action, next_obs)

@@ -1,0 +1,756 @@
+"""A policy that goes on learning from what it sees after deployment, without a reward.
+
+Hansen et al., "Self-Supervised Policy Adaptation during Deployment", ICLR 2021: at each step the encoder, shared by policy and auxiliary
+task, takes one step of the task's loss on the newest transition; the policy's head stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from outlast._core import _checks, _foreach
+from outlast._core._batches import device_of
+from outlast._core._norm import is_norm_layer
+from outlast.adapt._auxiliary import AuxTask, RandomCrop, as_floats, loss_of, prepared
+from outlast.adapt._guards import Adapter, Guard, Needs, check_guards, load_guards
+from outlast.adapt._report import AdaptReport
+from outlast.errors import DivergedError, OutlastWarning, StateError
+
+_VERSION = 1
+_SMOOTHING = 0.9  # of the reported loss
+_GATE_SMOOTHING = 0.8
+_HISTORY = 2000
+_CONSTANT = 1e-6  # variance of actions below which they tell nothing
+_LOOK_BACK = 10  # actions that are looked at for it
+
+
+@dataclass(frozen=True, repr=False)
+class PolicyAdaptReport(AdaptReport):
+    """An :class:`AdaptReport` of a policy.
+
+    Attributes:
+        departure: mean absolute difference between the adapted and the source policy's action on the newest observation; NaN before the
+            first.
+        threshold: of the gate; None without one.
+        gate_loss: moving average (0.8/0.2) of the loss that the gate looks at; NaN without a gate.
+        milliseconds: mean time of an update.
+    """
+
+    departure: float
+    threshold: float | None
+    gate_loss: float
+    milliseconds: float
+
+
+class ActionWatch(Guard):
+    """Act when the adapted policy departs from the source policy on the present observation.
+
+    Args:
+        limit: largest mean absolute difference of their actions.
+        action: ``"reset"`` restores the source and goes on, ``"freeze"`` restores it and adapts no more until ``reset()``, ``"warn"`` warns
+            once, ``"raise"`` raises ``DivergedError``.
+        every: updates between two looks, each of which is a pass of the source policy.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    needs: ClassVar[Needs] = "actions"
+    needs_source: ClassVar[bool] = True
+
+    def __init__(self, limit: float, action: Literal["reset", "freeze", "warn", "raise"] = "reset", every: int = 1) -> None:
+        self.limit = _checks.real("limit", limit, low=0.0, low_open=True)
+        self.action = _checks.choice("action", action, ("reset", "freeze", "warn", "raise"))
+        self.every = _checks.integer("every", every, low=1)
+        self._count, self._warned = 0, False
+
+    def after_step(self, adapter: Adapter) -> None:
+        """Compare, and act."""
+        self._count += 1
+        if self._count % self.every:
+            return
+        departure = cast("PolicyAdapter", adapter).departure()
+        if not departure > self.limit:
+            return
+        message = f"the adapted policy departs from the source policy by {departure:.3g}, more than {self.limit:g}"
+        if self.action in ("reset", "freeze"):
+            adapter.restore("action watch")
+            if self.action == "freeze":
+                adapter.freeze()
+        elif self.action == "raise":
+            adapter.note("action watch")
+            raise DivergedError(message)
+        elif not self._warned:
+            self._warned = True
+            adapter.note("action watch")
+            warnings.warn(message, OutlastWarning, stacklevel=2)
+
+    def reset(self) -> None:
+        """As new."""
+        self._count, self._warned = 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Updates so far, and whether it has warned."""
+        return {"count": self._count, "warned": self._warned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take both."""
+        self._count, self._warned = int(state["count"]), bool(state["warned"])
+
+
+@dataclass
+class _Counters:
+    updates: int = 0
+    skipped: int = 0
+    resets: int = 0
+    seen: int = 0
+    used: int = 0
+    loss: float = math.nan
+    last_loss: float = math.nan
+    gate_loss: float = math.nan
+    milliseconds: float = math.nan
+    frozen: bool = False
+    events: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+
+class PolicyAdapter(nn.Module):
+    """Acts with a policy and adapts its encoder to what it sees.
+
+    ::
+
+        adapter = PolicyAdapter(encoder, policy, aux, augment=RandomCrop(84), warmup=2)
+        obs, _ = env.reset()
+        adapter.begin_episode()
+        while not done:
+            action = adapter.act(obs)
+            next_obs, _, terminated, truncated, _ = env.step(action)
+            adapter.observe(obs, action, next_obs, terminated=terminated, truncated=truncated)
+
+    Encoder, policy and task are copied together, so that what they share stays shared, and run in eval mode throughout; statistics of
+    normalisation layers and everything that is not adapted keep their values bit for bit. The task must have been trained next to the
+    policy (:func:`joint_step`).
+
+    Args:
+        encoder: of observations ``(N, C, H, W)`` in [0, 1] to features, shared with the policy.
+        policy: of features to actions, deterministic.
+        aux: the task, with its trained head.
+        optimizer: a factory such as ``lambda params: torch.optim.SGD(params, lr=1e-3)``; None takes Adam with ``lr``.
+        lr: of the default optimizer. The authors' 1e-3 harms small networks where nothing has shifted; see the card.
+        batch: transitions in a step, each with crops of its own.
+        augment: crops observations for the task, ``augment(images, generator)``; a :class:`RandomCrop` also gives the middle crop that the
+            policy acts on. None takes observations as they are.
+        steps: updates for each transition.
+        episodic: every :meth:`begin_episode` starts again from the trained weights with a fresh optimizer.
+        update_aux: whether the task's head learns, too.
+        buffer: recent transitions that batches are filled up with; 0 takes the newest alone.
+        newest: copies of the newest transition in a batch; None for all without a buffer and a quarter with one.
+        gate: update only while the moving average of the loss exceeds this; ``"auto"`` for what :meth:`calibrate` finds.
+        warmup: first steps of each episode that are skipped: frames of the stack - 1.
+        params: ``"all"`` parameters of the encoder, ``"norm_affine"``, or a predicate of name and parameter.
+        max_ms: skip updates while their mean time exceeds this.
+        guards: those that need only the loss and the adapted parameters, and :class:`ActionWatch`.
+        act_fn: from the policy's output to the action.
+        generator: of crops, turns and the buffer's draws; a fixed one otherwise.
+
+    Raises:
+        TypeError: no modules, or an optimizer instead of a factory.
+        ValueError: settings out of range, guards that do not fit, nothing to adapt.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        policy: nn.Module,
+        aux: AuxTask,
+        *,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        lr: float = 1e-4,
+        batch: int = 32,
+        augment: Callable[..., Tensor] | None = None,
+        steps: int = 1,
+        episodic: bool = True,
+        update_aux: bool = True,
+        buffer: int = 0,
+        newest: int | None = None,
+        gate: float | Literal["auto"] | None = None,
+        warmup: int = 0,
+        params: Literal["all", "norm_affine"] | Callable[[str, nn.Parameter], bool] = "all",
+        max_ms: float | None = None,
+        guards: Sequence[Guard] = (),
+        act_fn: Callable[[Any], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for name, module in (("encoder", encoder), ("policy", policy), ("aux", aux)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        if not isinstance(aux, AuxTask):
+            raise TypeError(f"aux must be an AuxTask trained next to the policy (PAD needs joint training), got {type(aux).__name__}")
+        if isinstance(optimizer, Optimizer):
+            raise TypeError("optimizer must be a factory, such as lambda params: torch.optim.SGD(params, lr=1e-3)")
+        self._lr = _checks.real("lr", lr, low=0.0)
+        self._batch = _checks.integer("batch", batch, low=1)
+        self._steps = _checks.integer("steps", steps, low=1)
+        self._buffer_size = _checks.integer("buffer", buffer, low=0)
+        self._newest = (
+            (self._batch if not buffer else max(1, self._batch // 4)) if newest is None else _checks.integer("newest", newest, low=1)
+        )
+        if self._newest > self._batch:
+            raise ValueError(f"newest must be at most batch={self._batch}, got {self._newest}")
+        self._warmup = _checks.integer("warmup", warmup, low=0)
+        self._max_ms = None if max_ms is None else _checks.real("max_ms", max_ms, low=0.0, low_open=True)
+        if gate is not None and gate != "auto":
+            _checks.real("gate", gate, low=0.0, low_open=True, infinite=True)
+        if params not in ("all", "norm_affine") and not callable(params):
+            raise ValueError(f"params must be 'all', 'norm_affine' or a predicate of name and parameter, got {params!r}")
+        self._factory = optimizer
+        self._augment = augment
+        self._episodic, self._update_aux = bool(episodic), bool(update_aux)
+        self._auto = gate == "auto"
+        self._threshold: float | None = None if gate is None or gate == "auto" else float(gate)
+        self._act_fn = act_fn
+        self._generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.encoder, self.policy, self.aux = copy.deepcopy((encoder, policy, aux))
+        self.eval()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self._names = self._chosen(params)
+        self._guards = check_guards(guards, ("parameters", "actions"), adapter=type(self).__name__, keeps_source=True)
+        self._optimizer: Optimizer | None = None
+        self._counters = _Counters()
+        self._form: tuple[tuple[int, ...], torch.dtype] | None = None
+        self._last_obs: Tensor | None = None
+        self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._actions: list[Tensor] = []
+        self._step_numbers: Tensor | None = None  # of each environment in its episode
+        self._ended: Tensor | None = None
+        self._degenerate = False
+        self._source = [parameter.detach().clone() for parameter in self.adapted.values()]
+
+    @classmethod
+    def paper(cls, encoder: nn.Module, policy: nn.Module, aux: AuxTask, **settings: Any) -> PolicyAdapter:
+        """The authors' settings: Adam at 1e-3, the newest transition alone, no gate, 32 crops. Others may be given."""
+        merged: dict[str, Any] = {"lr": 1e-3, "buffer": 0, "gate": None, "batch": 32, **settings}
+        return cls(encoder, policy, aux, **merged)
+
+    def _chosen(self, params: Literal["all", "norm_affine"] | Callable[[str, nn.Parameter], bool]) -> list[str]:
+        norms = {
+            f"{name}.{own}" if name else own
+            for name, module in self.encoder.named_modules()
+            if is_norm_layer(module)
+            for own, _ in module.named_parameters(recurse=False)
+        }
+        names = [
+            f"encoder.{name}"
+            for name, parameter in self.encoder.named_parameters()
+            if (params == "all") or (params == "norm_affine" and name in norms) or (callable(params) and params(name, parameter))
+        ]
+        if not names:
+            raise ValueError(f"params={params!r} chooses no parameter of the encoder: there is nothing to adapt")
+        known = {id(parameter) for parameter in self.encoder.parameters()}
+        if self._update_aux:
+            names += [f"aux.{name}" for name, parameter in self.aux.named_parameters() if id(parameter) not in known]
+        return names
+
+    # ---- what users call ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, obs: Any) -> Tensor:
+        """The adapted policy's action, without a gradient.
+
+        Args:
+            obs: ``(C, H, W)`` or ``(N, C, H, W)``, tensor or array, bytes or floats in [0, 1], the same at every call.
+
+        Returns:
+            ``(A,)`` or ``(N, A)``.
+
+        Raises:
+            ValueError: another shape or type than before, or smaller than the crop.
+        """
+        x, single = self._observation(obs)
+        action = self._policy_of(x)
+        return action[0] if single else action
+
+    def observe(
+        self, obs: Any, action: Any, next_obs: Any, *, terminated: Any = None, truncated: Any = None, valid: Any = None
+    ) -> float | None:
+        """Learn from one transition (or one of each environment).
+
+        Args:
+            obs: what the action answered to.
+            action: as executed (after clipping), ``(A,)``, ``(N, A)``, or whole numbers for discrete tasks.
+            next_obs: what followed; at an episode's end the last observation of that episode, not the first of the next.
+            terminated: whether the episode ended there, one for each environment.
+            truncated: likewise, by a time limit.
+            valid: environments whose pair is one; others, such as those that were reset in this step, are left out.
+
+        Returns:
+            The loss of the last update; None where there was none.
+
+        Raises:
+            StateError: an episode has ended and :meth:`begin_episode` was not called, or ``gate="auto"`` is not calibrated.
+            ValueError, TypeError: observations of another form, actions of another shape or type, NaN actions.
+        """
+        if self._auto and self._threshold is None:
+            raise StateError("gate='auto' has no threshold yet: call calibrate(env, episodes), or load a calibrated state")
+        before, single = self._observation(obs)
+        after, _ = self._observation(next_obs)
+        if before.shape != after.shape:
+            raise ValueError(f"obs and next_obs must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+        done = torch.as_tensor(action).to(before.device)
+        done = done[None] if single else done
+        self._check_action(done, len(before))
+        ends = self._ends(terminated, len(before)) | self._ends(truncated, len(before))
+        counted = torch.ones(len(before), dtype=torch.bool) if valid is None else self._ends(valid, len(before))
+        steps = self._advance(len(before), ends & counted, counted)
+        self._last_obs = after
+        counters = self._counters
+        counters.seen += len(before)
+        finite = torch.ones(len(before), dtype=torch.bool)
+        for images in (before, after):
+            if images.is_floating_point():
+                finite &= images.isfinite().flatten(1).all(1).cpu()
+        ready = finite & counted & (steps >= self._warmup)
+        if not bool(ready.any()) or counters.frozen:
+            counters.skipped += 1
+            return None
+        rows = ready.to(before.device)
+        before, done, after = before[rows], done[rows], after[rows]
+        self._remember(before, done, after)
+        if self._constant_actions():
+            counters.skipped += 1
+            if not self._degenerate:
+                self.note("degenerate")
+            self._degenerate = True
+            return None
+        self._degenerate = False
+        if self._shut(before, done, after) or self._too_slow():
+            counters.skipped += 1
+            return None
+        found: float | None = None
+        for _ in range(self._steps):
+            found = self._update(before, done, after)
+            if found is None:
+                break
+        return found
+
+    def begin_episode(self, mask: Any = None) -> None:
+        """A new episode begins: everywhere, or in the environments of a mask.
+
+        With ``episodic`` the trained weights, a fresh optimizer and an empty buffer come back; environments share one encoder, so with a
+        mask that leaves some out only the others' step numbers start again.
+        """
+        everywhere = mask is None or bool(torch.as_tensor(mask).all())
+        if everywhere:
+            self._step_numbers = self._ended = None
+            self._actions = []
+            if self._episodic:
+                self._to_source()
+                self._recent = []
+                self._counters.frozen = False
+                for guard in self._guards:
+                    guard.restored()
+            return
+        chosen = torch.as_tensor(mask, dtype=torch.bool).flatten()
+        if self._step_numbers is not None and self._ended is not None:
+            if chosen.shape != self._ended.shape:
+                raise ValueError(f"mask must have one entry for each of {len(self._ended)} environments, got {len(chosen)}")
+            self._step_numbers[chosen], self._ended[chosen] = 0, False
+
+    def warm_up_at_least(self, steps: int) -> None:
+        """Skip so many first steps of each episode, if no warm-up was given."""
+        self._warmup = self._warmup or steps
+
+    def reset(self) -> None:
+        """Back to the start: weights, optimizer, buffer, guards, counters; the gate's threshold stays."""
+        self._to_source()
+        self._recent, self._actions = [], []
+        self._step_numbers = self._ended = self._last_obs = None
+        self._degenerate = False
+        for guard in self._guards:
+            guard.reset()
+        self._counters = _Counters()
+
+    def calibrate(self, env: Any, episodes: int, seed: int = 0) -> float:
+        """Set the gate's threshold: mean + 2 standard deviations of the loss where the policy was trained.
+
+        The policy acts with its trained weights; nothing is updated. The threshold is kept in the state dict.
+
+        Args:
+            env: with Gymnasium's ``reset(seed=)`` and ``step``; one environment, image observations.
+            episodes: to run.
+            seed: of the first; the others follow.
+
+        Returns:
+            The threshold.
+
+        Raises:
+            ValueError: observations that are no images, or no transition after the warm-up.
+        """
+        _checks.integer("episodes", episodes, low=1)
+        losses: list[float] = []
+        actions: list[Tensor] = []
+        now = [parameter.detach().clone() for parameter in self.adapted.values()]
+        self._to_source()
+        try:
+            for episode in range(episodes):
+                obs, _ = env.reset(seed=seed + episode)
+                step, over = 0, False
+                while not over:
+                    action = self.act(obs)
+                    following, _, terminated, truncated, _ = env.step(action.cpu().numpy())
+                    if step >= self._warmup:
+                        pair = [self._observation(each)[0] for each in (obs, following)]
+                        losses.append(self._watched(pair[0], action[None], pair[1]))
+                        actions.append(action[None].cpu())
+                    obs, step, over = following, step + 1, bool(terminated or truncated)
+        finally:
+            with torch.no_grad():
+                _foreach.copy_(list(self.adapted.values()), now)
+        if not losses:
+            raise ValueError("no transition was left after the warm-up: run longer episodes")
+        if self.aux.baseline(torch.cat(actions)) <= float(np.mean(losses)):
+            warnings.warn(
+                "the auxiliary head predicts no better than a constant where the policy was trained: was it trained next to the policy?",
+                OutlastWarning,
+                stacklevel=2,
+            )
+        self._threshold = float(np.mean(losses) + 2.0 * np.std(losses))
+        return self._threshold
+
+    @property
+    def report(self) -> PolicyAdaptReport:
+        """What has happened since the start or the last ``reset()``."""
+        counters = self._counters
+        source = _foreach.norm(self._source)
+        gaps = [parameter.detach() - value for parameter, value in zip(self.adapted.values(), self._source, strict=True)]
+        return PolicyAdaptReport(
+            updates=counters.updates,
+            skipped=counters.skipped,
+            resets=counters.resets,
+            seen=counters.seen,
+            used=counters.used,
+            loss=counters.loss,
+            drift=float(_foreach.norm(gaps) / source.clamp(min=1e-30)),
+            events=tuple(counters.events),
+            history=np.asarray(counters.history, np.float64).reshape(-1, 2),
+            departure=self.departure(),
+            threshold=self._threshold,
+            gate_loss=counters.gate_loss,
+            milliseconds=counters.milliseconds,
+        )
+
+    @torch.no_grad()
+    def departure(self) -> float:
+        """Mean absolute difference of the adapted and the source policy's action on the newest observation; NaN before the first."""
+        if self._last_obs is None:
+            return math.nan
+        parameters = list(self.adapted.values())
+        now = [parameter.detach().clone() for parameter in parameters]
+        adapted = self._policy_of(self._last_obs)
+        _foreach.copy_(parameters, self._source)
+        source = self._policy_of(self._last_obs)
+        _foreach.copy_(parameters, now)
+        return float((adapted.double() - source.double()).abs().mean())
+
+    # ---- what guards call -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def adapted(self) -> dict[str, nn.Parameter]:
+        """The adapted parameters by name."""
+        own = dict(self.named_parameters(remove_duplicate=False))
+        return {name: own[name] for name in self._names}
+
+    @property
+    def source_values(self) -> Mapping[str, Tensor]:
+        """Their trained values."""
+        return dict(zip(self._names, self._source, strict=True))
+
+    @property
+    def last_loss(self) -> float:
+        """Loss of the last update, before penalties."""
+        return self._counters.last_loss
+
+    @property
+    def loss_scale(self) -> float:
+        """1: thresholds on the loss are in its own units."""
+        return 1.0
+
+    def restore(self, reason: str) -> None:
+        """Return to the trained weights with a fresh optimizer; the episode and the counters go on."""
+        self._to_source()
+        self._counters.resets += 1
+        self.note(reason)
+        for guard in self._guards:
+            guard.restored()
+
+    def freeze(self) -> None:
+        """Adapt no more until the next episode (``episodic``) or :meth:`reset`."""
+        self._counters.frozen = True
+        self.note("frozen")
+
+    def note(self, event: str) -> None:
+        """Record an event with the number of updates so far."""
+        self._counters.events.append((self._counters.updates, event))
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """The value itself: deployment is one process."""
+        return value
+
+    # ---- a transition ---------------------------------------------------------------------------------------------------------------
+
+    def _observation(self, obs: Any) -> tuple[Tensor, bool]:
+        x = torch.as_tensor(obs)
+        single = x.ndim == 3
+        x = (x[None] if single else x).detach()
+        if x.ndim != 4:
+            raise ValueError(f"observations are images (C, H, W) or (N, C, H, W), got shape {tuple(x.shape)}")
+        form = (tuple(x.shape[1:]), x.dtype)
+        if self._form is None:
+            if isinstance(self._augment, RandomCrop):
+                self._augment.centre(x)
+            self._check_shared(x)
+            self._form = form
+        if form != self._form:
+            known, was = self._form
+            raise ValueError(
+                f"observations were {known} of {_range(was)} so far, got {form[0]} of {_range(form[1])}: they must not change between calls"
+            )
+        return x.to(device_of(self.encoder)), single
+
+    @torch.no_grad()
+    def _check_shared(self, x: Tensor) -> None:
+        """Adapting must reach the action: other weights of the encoder must give another one."""
+        x = x[:1].to(device_of(self.encoder))
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            return
+        weights = [parameter for name, parameter in self.adapted.items() if name.startswith("encoder.")]
+        kept, own = [weight.detach().clone() for weight in weights], torch.Generator().manual_seed(0)
+        before = self._policy_of(x)
+        for weight in weights:
+            weight.add_((0.5 * weight.abs().mean() + 0.1) * torch.randn(weight.shape, generator=own).to(weight))
+        after = self._policy_of(x)
+        _foreach.copy_(weights, kept)
+        if torch.equal(before, after):
+            raise ValueError("changing the encoder does not change the action: policy must take the encoder's features, encoder be shared")
+
+    def _middle(self, x: Tensor) -> Tensor:
+        return as_floats(self._augment.centre(x) if isinstance(self._augment, RandomCrop) else x)
+
+    def _policy_of(self, x: Tensor) -> Tensor:
+        out = self.policy(self.encoder(self._middle(x)))
+        return out if self._act_fn is None else self._act_fn(out)
+
+    def _check_action(self, action: Tensor, n: int) -> None:
+        if len(action) != n:
+            raise ValueError(f"{n} observations need as many actions, got {len(action)}")
+        if action.is_floating_point() and not bool(action.isfinite().all()):
+            raise ValueError("the action holds NaN or infinity: what was executed must be given")
+
+    def _ends(self, flags: Any, n: int) -> Tensor:
+        if flags is None:
+            return torch.zeros(n, dtype=torch.bool)
+        found = torch.as_tensor(flags, dtype=torch.bool).flatten().cpu()
+        if found.shape not in ((1,), (n,)):
+            raise ValueError(f"terminated and truncated are one flag for each of {n} environments, got {len(found)}")
+        return found.expand(n)
+
+    def _advance(self, n: int, ends: Tensor, counted: Tensor) -> Tensor:
+        """The step numbers of this transition; the counters go on."""
+        if self._step_numbers is None or self._ended is None or len(self._ended) != n:
+            self._step_numbers, self._ended = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+        if bool((self._ended & counted).any()):
+            raise StateError("this pair crosses an episode boundary: the episode has ended, call begin_episode() before the next one")
+        steps = self._step_numbers.clone()
+        self._step_numbers += counted
+        self._ended |= ends
+        return steps
+
+    def _remember(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> None:
+        self._actions = [*self._actions, action.detach().float().cpu()][-_LOOK_BACK:]
+        if self._buffer_size:
+            rows = [(obs[row].clone(), action[row].clone(), next_obs[row].clone()) for row in range(len(obs))]
+            self._recent = [*self._recent, *rows][-self._buffer_size :]
+
+    def _constant_actions(self) -> bool:
+        """Whether the last actions tell nothing apart, so that the head would learn a constant."""
+        if len(self._actions) < _LOOK_BACK:
+            return False
+        recent = torch.cat(self._actions)
+        return float(recent.var(0, correction=0).max()) < _CONSTANT
+
+    def _watched(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> float:
+        """The loss on middle crops, without a gradient and without the generator's next draws."""
+        with torch.no_grad():
+            own = torch.Generator().manual_seed(0)
+            return float(loss_of(self.aux, self.encoder, self._middle(obs), action, self._middle(next_obs), own))
+
+    def _shut(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> bool:
+        if self._threshold is None:
+            return False
+        loss = self._watched(obs, action, next_obs)
+        if not math.isfinite(loss):
+            return True
+        before = self._counters.gate_loss
+        self._counters.gate_loss = loss if math.isnan(before) else _GATE_SMOOTHING * before + (1.0 - _GATE_SMOOTHING) * loss
+        return not self._counters.gate_loss > self._threshold
+
+    def _too_slow(self) -> bool:
+        if self._max_ms is None or not self._counters.milliseconds > self._max_ms:
+            return False
+        self._counters.milliseconds *= 0.95  # so that updates are tried again after a while
+        return True
+
+    def _batch_of(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of the newest transitions, and older ones from the buffer."""
+        copies = self._newest if self._buffer_size else self._batch
+        index = torch.arange(copies, device=obs.device) % len(obs)
+        parts = [(obs[index], action[index], next_obs[index])]
+        rest = self._batch - copies
+        if rest:
+            drawn = torch.randint(len(self._recent), (rest,), generator=self._generator).tolist()
+            old = [self._recent[place] for place in drawn]
+            parts.append(cast("Any", tuple(torch.stack([entry[side] for entry in old]) for side in range(3))))
+        return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3)))
+
+    def _update(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> float | None:
+        start = time.perf_counter()
+        counters, parameters = self._counters, list(self.adapted.values())
+        before, done, after = self._batch_of(obs, action, next_obs)
+        before, after = prepared(self.aux, before, after, self._augment, self._generator)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                loss = loss_of(self.aux, self.encoder, before, done, after, self._generator)
+                total = loss
+                for guard in self._guards:
+                    extra = guard.penalty(None, self)
+                    total = total if extra is None else total + extra
+                value = float(loss.detach())
+                if not bool(total.detach().isfinite()):
+                    counters.skipped += 1
+                    self.note("loss is not finite")
+                    return None
+                grads = torch.autograd.grad(total, parameters, allow_unused=True)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        optimizer = self._ready_optimizer(parameters)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        counters.updates += 1
+        counters.used += len(before)
+        counters.last_loss = value
+        counters.loss = value if math.isnan(counters.loss) else _SMOOTHING * counters.loss + (1.0 - _SMOOTHING) * value
+        counters.history.append((counters.updates, value))
+        if len(counters.history) > _HISTORY:
+            counters.history = counters.history[::2]
+        for guard in self._guards:
+            guard.after_step(self)
+        elapsed = 1e3 * (time.perf_counter() - start)
+        known = counters.milliseconds
+        counters.milliseconds = elapsed if math.isnan(known) else _SMOOTHING * known + (1.0 - _SMOOTHING) * elapsed
+        return value
+
+    def _ready_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        if self._optimizer is None:
+            self._optimizer = torch.optim.Adam(parameters, lr=self._lr) if self._factory is None else self._factory(parameters)
+        return self._optimizer
+
+    @torch.no_grad()
+    def _to_source(self) -> None:
+        _foreach.copy_(list(self.adapted.values()), self._source)
+        self._optimizer = None
+
+    # ---- state ----------------------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Everything beside the modules that the next step depends on: tensors and plain values."""
+        return {
+            "version": _VERSION,
+            "names": list(self._names),
+            "source": list(self._source),
+            "threshold": self._threshold,
+            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+            "guards": [(type(guard).__name__, guard.state_dict()) for guard in self._guards],
+            "generator": self._generator.get_state(),
+            "counters": dataclasses.asdict(self._counters),
+            "recent": [list(entry) for entry in self._recent],
+            "actions": list(self._actions),
+            "steps": self._step_numbers,
+            "ended": self._ended,
+            "last": self._last_obs,
+            "degenerate": self._degenerate,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take what :meth:`get_extra_state` gave.
+
+        Raises:
+            ValueError: another version, other adapted parameters or other guards.
+        """
+        state = cast("dict[str, Any]", state)
+        if state.get("version") != _VERSION:
+            raise ValueError(f"the state has version {state.get('version')!r}; this release reads version {_VERSION}")
+        if state["names"] != self._names:
+            raise ValueError("the state adapts other parameters than this adapter")
+        device = device_of(self.encoder)
+        load_guards(self._guards, state["guards"], device)
+        parameters = list(self.adapted.values())
+        self._source = [value.to(p.device, p.dtype, copy=True) for value, p in zip(state["source"], parameters, strict=True)]
+        self._threshold = state["threshold"]
+        self._optimizer = None
+        if state["optimizer"] is not None:
+            self._ready_optimizer(parameters).load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+        counters = dict(state["counters"])
+        counters["events"] = [(int(number), str(kind)) for number, kind in counters["events"]]
+        counters["history"] = [(int(number), float(value)) for number, value in counters["history"]]
+        self._counters = _Counters(**counters)
+        self._recent = [cast("Any", tuple(part.to(device, copy=True) for part in entry)) for entry in state["recent"]]
+        self._actions = [each.clone() for each in state["actions"]]
+        self._step_numbers, self._ended = (None if each is None else each.clone() for each in (state["steps"], state["ended"]))
+        self._last_obs = None if state["last"] is None else state["last"].to(device, copy=True)
+        self._degenerate = bool(state["degenerate"])
+
+    def train(self, mode: bool = True) -> PolicyAdapter:
+        """Set the adapter's own flag; encoder, policy and task stay in eval mode."""
+        self.training = mode
+        for module in (getattr(self, "encoder", None), getattr(self, "policy", None), getattr(self, "aux", None)):
+            if module is not None:
+                module.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        """What is adapted and how."""
+        own = sum(parameter.numel() for parameter in self.adapted.values())
+        kind = f"Adam(lr={self._lr:g})" if self._factory is None else "own optimizer"
+        parts = [f"adapts {own:,} weights in {len(self._names)} tensors", kind, f"batch={self._batch}"]
+        if self._buffer_size:
+            parts.append(f"buffer={self._buffer_size}, newest={self._newest}")
+        if self._auto or self._threshold is not None:
+            parts.append(f"gate={'auto' if self._threshold is None else f'{self._threshold:.3g}'}")
+        parts += ["episodic"] * self._episodic
+        if self._guards:
+            parts.append("guards=" + "+".join(type(guard).__name__ for guard in self._guards))
+        return ", ".join(parts)
+
+
+def _range(dtype: torch.dtype) -> str:
+    return "bytes in [0, 255]" if dtype == torch.uint8 else f"{dtype} in [0, 1]"

@@ -1,0 +1,27 @@
+"""Small environments of pixels for studies of policies (extra ``rl``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from outlast._core._extras import require
+from outlast.rl._shifts import ColorShift, DistractorShift, GainShift, TextureShift, VideoBackground
+
+if TYPE_CHECKING:
+    from outlast.rl._reach import PixelReach
+    from outlast.rl._sac import PixelSAC
+    from outlast.rl._stack import FrameStack
+
+__all__ = ["ColorShift", "DistractorShift", "FrameStack", "GainShift", "PixelReach", "PixelSAC", "TextureShift", "VideoBackground"]
+
+# Their base classes are gymnasium's.
+_LAZY = {"PixelReach": "outlast.rl._reach", "FrameStack": "outlast.rl._stack", "PixelSAC": "outlast.rl._sac"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("gymnasium", extra="rl", purpose=f"outlast.rl.{name}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,683 @@
+"""Policies that go on learning: auxiliary tasks, the adapter, its gate, guards and state."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import rng
+from torch import nn
+from torch.nn import functional as F
+
+from outlast.adapt import (
+    ActionWatch,
+    Anchor,
+    AuxTask,
+    DriftLimit,
+    EntropyFilter,
+    InverseDynamics,
+    PeriodicReset,
+    PolicyAdapter,
+    RandomCrop,
+    Recovery,
+    RotationPrediction,
+    StochasticRestore,
+    joint_step,
+)
+from outlast.adapt._auxiliary import turned
+from outlast.errors import DivergedError, OutlastWarning, StateError
+
+C, SIDE, CROP, A = 3, 10, 8, 2
+
+
+def parts(seed=0, *, same_crop=False, norm=False):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(C, 4, 3, 2)] + ([nn.BatchNorm2d(4)] if norm else []) + [nn.ReLU(), nn.Flatten(), nn.Linear(36, 8), nn.Tanh()]
+    encoder = nn.Sequential(*layers)
+    policy = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, A), nn.Tanh())
+    return encoder, policy, InverseDynamics(8, A, hidden=16, same_crop=same_crop)
+
+
+def stream(n=30, seed=0, actions=None):
+    obs = torch.randint(256, (n + 1, C, SIDE, SIDE), generator=rng(seed), dtype=torch.uint8)
+    done = torch.rand(n, A, generator=rng(seed + 1)) * 2.0 - 1.0 if actions is None else actions
+    return [(obs[t], done[t], obs[t + 1]) for t in range(n)]
+
+
+def adapter(**settings):
+    return PolicyAdapter(*parts(), **{"augment": RandomCrop(CROP), "batch": 8, **settings})
+
+
+def run(made, transitions):
+    return [made.observe(*transition) for transition in transitions]
+
+
+# ---- tasks --------------------------------------------------------------------------------------------------------------------------
+
+
+class Constant(nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def forward(self, x):
+        return self.values[None].expand(len(x), -1)
+
+
+def test_losses_of_known_heads():
+    encoder, _, task = parts()
+    x = torch.rand(5000, C, CROP, CROP, generator=rng(0))
+    action = torch.rand(5000, A, generator=rng(1)) * 2.0 - 1.0
+    task.head = Constant(torch.zeros(A))
+    assert float(task.loss(encoder, x, action, x)) == pytest.approx(1 / 3, abs=0.01)
+    assert task.baseline(action) == pytest.approx(1 / 3, abs=0.01)
+    fixed = torch.tensor([0.3, -0.7])
+    task.head = Constant(fixed)
+    assert float(task.loss(encoder, x, fixed.expand(5000, -1), x)) == 0.0
+    discrete = InverseDynamics(8, 5, hidden=4, discrete=True)
+    discrete.head = Constant(torch.zeros(5))
+    numbers = torch.randint(5, (5000,), generator=rng(2))
+    assert float(discrete.loss(encoder, x, numbers, x)) == pytest.approx(math.log(5), abs=1e-5)
+    assert discrete.baseline(numbers) == pytest.approx(math.log(5), abs=1e-2)
+    rotation = RotationPrediction(8, hidden=4)
+    rotation.head = Constant(torch.zeros(4))
+    assert float(rotation.loss(encoder, x, action, x, rng(0))) == pytest.approx(1.386294, abs=1e-5)
+    assert rotation.baseline(action) == pytest.approx(1.386294, abs=1e-6)
+
+
+def test_turns():
+    x = torch.rand(6, 2, 5, 5, generator=rng(0))
+    ones = torch.ones(6, dtype=torch.long)
+    there = x
+    for _ in range(4):
+        there = turned(there, ones)
+    assert torch.equal(there, x)
+    assert torch.equal(turned(x, 2 * ones), x.flip(-1, -2))
+    turns = torch.tensor([0, 1, 2, 3, 1, 0])
+    for image, out, k in zip(x, turned(x, turns), turns.tolist(), strict=True):
+        assert torch.equal(out, image.rot90(k, (-2, -1)))
+    with pytest.raises(ValueError, match="square"):
+        turned(x[..., :4], turns)
+
+
+def test_crops_lie_anywhere_and_are_cut_right():
+    crop = RandomCrop((3, 4))
+    images = torch.arange(36.0).view(1, 1, 6, 6).expand(10_000, -1, -1, -1)
+    out = crop(images, rng(0))
+    assert out.shape == (10_000, 1, 3, 4)
+    corner = out[:, 0, 0, 0].long()
+    counts = torch.bincount(corner // 6 * 3 + corner % 6, minlength=12).double()
+    assert len(counts) == 12  # rows 0 to 3, columns 0 to 2
+    assert float(((counts - 10_000 / 12).square() / (10_000 / 12)).sum()) < 31.3  # chi-square, 11 degrees of freedom, p > 0.001
+    for image in out[:5]:
+        assert torch.equal(image[0] - image[0, 0, 0], torch.arange(3.0)[:, None] * 6 + torch.arange(4.0))
+    assert float(crop.centre(images)[0, 0, 0, 0]) == 7.0
+    with pytest.raises(ValueError, match="smaller than the crop"):
+        crop(images[..., :3])
+
+
+def test_both_observations_are_cropped_apart_unless_told():
+    from outlast.adapt._auxiliary import prepared
+
+    x = torch.arange(100, dtype=torch.uint8).view(1, 1, 10, 10).expand(50, 3, -1, -1)
+    for same in (False, True):
+        task = InverseDynamics(8, 2, same_crop=same)
+        before, after = prepared(task, x, x, RandomCrop(8), rng(0))
+        assert before.dtype == torch.float32
+        assert torch.equal(before, after) == same
+        assert len(set(before[:, 0, 0, 0].tolist())) > 3
+
+
+def test_joint_step_learns_and_reaches_the_encoder():
+    encoder, _, task = parts()
+    before = copy.deepcopy(encoder.state_dict())
+    optimizer = torch.optim.Adam([*encoder.parameters(), *task.parameters()], lr=1e-2)
+    obs = torch.randint(256, (16, C, SIDE, SIDE), generator=rng(0), dtype=torch.uint8)
+    action = torch.rand(16, A, generator=rng(1)) * 2.0 - 1.0
+    losses = [joint_step(encoder, task, optimizer, obs, action, obs.flip(0), augment=RandomCrop(CROP), generator=rng(2)) for _ in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert not torch.equal(encoder[0].weight, before["0.weight"])
+    rotation = RotationPrediction(8, hidden=8)
+    assert joint_step(encoder, rotation, torch.optim.SGD(rotation.parameters(), lr=0.1), obs, action, obs, augment=RandomCrop(CROP)) > 0.0
+
+
+def test_tasks_of_bad_input():
+    encoder, _, task = parts()
+    x = torch.zeros(4, C, CROP, CROP)
+    for action, message in ((torch.zeros(4, 3), r"\(4, 2\)"), (torch.zeros(3, A), r"\(4, 2\)")):
+        with pytest.raises(ValueError, match=message):
+            task.loss(encoder, x, action, x)
+    discrete = InverseDynamics(8, 5, discrete=True)
+    with pytest.raises(TypeError, match="whole numbers"):
+        discrete.loss(encoder, x, torch.zeros(4), x)
+    with pytest.raises(ValueError, match=r"\[0, 5\)"):
+        discrete.loss(encoder, x, torch.full((4,), 5), x)
+    for make in (lambda: InverseDynamics(0, 2), lambda: RotationPrediction(8, 0), lambda: RandomCrop(0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            make()
+
+
+# ---- acting and adapting --------------------------------------------------------------------------------------------------------------
+
+
+def test_without_updates_it_is_the_frozen_policy():
+    encoder, policy, task = parts()
+    for settings in ({"lr": 0.0}, {"gate": math.inf}):
+        made = PolicyAdapter(encoder, policy, task, augment=RandomCrop(CROP), batch=8, **settings)
+        for obs, action, following in stream():
+            with torch.no_grad():
+                middle = obs[None, :, 1:9, 1:9].float() / 255.0
+                assert torch.equal(made.act(obs), policy(encoder(middle))[0])
+            made.observe(obs, action, following)
+    assert made.report.skipped == 30
+    assert made.report.updates == 0
+
+
+def test_one_step_is_gradient_descent_on_the_same_crops():
+    encoder, policy, task = parts()
+    made = PolicyAdapter(
+        encoder, policy, task, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), augment=RandomCrop(CROP), batch=8, generator=rng(7)
+    )
+    obs, action, following = stream(1)[0]
+    made.observe(obs, action, following)
+    crop, draws = RandomCrop(CROP), rng(7)
+    before, after = (crop(image.expand(8, -1, -1, -1), draws).float() / 255.0 for image in (obs, following))
+    loss = task.loss(encoder, before, action.expand(8, -1), after)
+    weights = [*encoder.parameters(), *task.parameters()]
+    grads = torch.autograd.grad(loss, weights)
+    moved = [*made.encoder.parameters(), *made.aux.parameters()]
+    for weight, grad, now in zip(weights, grads, moved, strict=True):
+        assert torch.allclose(now, weight - 0.1 * grad, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), made.policy.parameters(), strict=True))
+    assert made.last_loss == pytest.approx(float(loss.detach()))
+
+
+def test_what_is_not_adapted_stays_bit_for_bit():
+    encoder, policy, task = parts(norm=True)
+    made = PolicyAdapter(
+        encoder, policy, task, augment=RandomCrop(CROP), batch=8, update_aux=False, params=lambda name, p: name.startswith("4")
+    )
+    run(made, stream(10))
+    for (name, ours), theirs in zip(made.encoder.state_dict().items(), encoder.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs) == (not name.startswith("4")), name
+    for kept, source in ((made.policy, policy), (made.aux, task)):
+        assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), source.state_dict().values(), strict=True))
+    norms = PolicyAdapter(encoder, policy, task, augment=RandomCrop(CROP), params="norm_affine", update_aux=False)
+    assert set(norms.adapted) == {"encoder.1.weight", "encoder.1.bias"}
+    made.train()
+    assert not made.encoder.training
+
+
+def test_copies_without_crops_have_the_gradient_of_one():
+    found = []
+    for batch in (1, 8):
+        encoder, policy, task = parts()
+        made = PolicyAdapter(encoder, policy, task, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), batch=batch)
+        small = [(obs[:, :CROP, :CROP], action, following[:, :CROP, :CROP]) for obs, action, following in stream(1)]
+        run(made, small)
+        found.append([p.clone() for p in made.adapted.values()])
+    for one, many in zip(*found, strict=True):
+        assert torch.allclose(one, many, atol=1e-6)
+
+
+def test_episodes_start_again_and_repeat_bit_for_bit():
+    made = adapter(lr=1e-2)
+    source = [p.clone() for p in made.adapted.values()]
+    made.begin_episode()
+    first = run(made, stream())
+    assert not torch.equal(source[0], next(iter(made.adapted.values())))
+    made.begin_episode()
+    assert all(torch.equal(a, b) for a, b in zip(source, made.adapted.values(), strict=True))
+    other = adapter(lr=1e-2)
+    other.begin_episode()
+    assert run(other, stream()) == first
+    kept = adapter(lr=1e-2, episodic=False)
+    run(kept, stream(5))
+    moved = [p.clone() for p in kept.adapted.values()]
+    kept.begin_episode()
+    assert all(torch.equal(a, b) for a, b in zip(moved, kept.adapted.values(), strict=True))
+    kept.reset()
+    assert all(torch.equal(a, b) for a, b in zip(source, kept.adapted.values(), strict=True))
+    assert kept.report.updates == 0
+
+
+def test_a_state_saved_in_mid_episode_goes_on_bit_for_bit(tmp_path):
+    settings = {"buffer": 8, "newest": 2, "lr": 1e-2, "gate": 1e-3, "warmup": 1, "episodic": False}
+    guards = lambda: [DriftLimit(0.5), StochasticRestore(0.01), ActionWatch(10.0)]  # noqa: E731
+    made = adapter(**settings, guards=guards())
+    transitions = stream(20)
+    run(made, transitions[:12])
+    torch.save(made.state_dict(), tmp_path / "state.pt")
+    expected = run(made, transitions[12:])
+    other = adapter(**settings, guards=guards())
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert run(other, transitions[12:]) == expected
+    assert all(torch.equal(a, b) for a, b in zip(made.adapted.values(), other.adapted.values(), strict=True))
+    assert other.report.updates == made.report.updates
+    with pytest.raises(ValueError, match="other parameters"):
+        adapter(update_aux=False).load_state_dict(made.state_dict())
+
+
+def test_batches_are_made_of_the_newest_and_the_recent():
+    class Recorder(AuxTask):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def loss(self, encoder, obs, action, next_obs):
+            self.seen.append(action[:, 0].tolist())
+            return (encoder(obs) * self.weight).sum()
+
+    encoder, policy, _ = parts()
+    made = PolicyAdapter(encoder, policy, Recorder(), augment=RandomCrop(CROP), batch=16, buffer=5, newest=4)
+    actions = torch.stack([torch.tensor([float(t), 0.1 * (t % 3)]) for t in range(30)])
+    run(made, stream(30, actions=actions))
+    seen = [[int(value) for value in row] for row in made.aux.seen]
+    assert len(seen) == 30
+    for step, numbers in enumerate(seen):
+        assert len(numbers) == 16
+        assert numbers[:4] == [step] * 4
+        assert set(numbers[4:]) <= set(range(max(0, step - 4), step + 1))
+    assert len(set(seen[20][4:])) > 2
+    made.begin_episode()
+    run(made, [stream(30, actions=actions)[29]])
+    assert {int(value) for value in made.aux.seen[-1]} == {29}  # nothing of the episode before
+
+
+def test_episode_ends_warm_up_and_vector_environments():
+    made = adapter(warmup=2)
+    transitions = stream(10)
+    assert run(made, transitions[:2]) == [None, None]
+    assert made.observe(*transitions[2], truncated=True) is not None
+    with pytest.raises(StateError, match="crosses an episode boundary"):
+        made.observe(*transitions[3])
+    made.begin_episode()
+    assert run(made, transitions[3:6])[:2] == [None, None]
+    assert made.report.skipped == 4
+    several = adapter(warmup=1, episodic=False)
+
+    def rows(t):
+        return tuple(torch.stack([stream(10, seed=s)[t][side] for s in range(3)]) for side in range(3))
+
+    assert several.act(rows(0)[0]).shape == (3, A)
+    assert several.observe(*rows(0)) is None
+    assert several.observe(*rows(1), terminated=np.array([False, True, False])) is not None
+    with pytest.raises(StateError, match="boundary"):
+        several.observe(*rows(2))
+    several.begin_episode(np.array([False, True, False]))
+    assert several.observe(*rows(2)) is not None  # two environments are past their warm-up, one is not
+    assert several.report.seen == 9
+    with pytest.raises(ValueError, match="one entry for each of 3"):
+        several.begin_episode(np.array([True, False]))
+
+
+def test_adaptation_undoes_a_known_shift():
+    """Linear pictures: s' = s + M a. After a permutation and an offset the inverse loss falls tenfold within 200 random steps."""
+    torch.manual_seed(0)
+    pixels, M = 16, torch.randn(16, A, generator=rng(0))
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 6))
+    task = InverseDynamics(6, A, hidden=1)
+    task.head = nn.Linear(12, A)
+    policy = nn.Linear(6, A)
+
+    def transition(x, draws, shift):
+        action = torch.rand(A, generator=draws) * 2.0 - 1.0
+        following = x + M @ action
+        return (shift(x), action, shift(following)), 0.5 * following
+
+    def plain(x):
+        return x.view(1, 4, 4)
+
+    order = torch.randperm(pixels, generator=rng(1))
+
+    def shifted(x):
+        return (x[order] + 0.5).view(1, 4, 4)
+
+    optimizer = torch.optim.Adam([*encoder.parameters(), *task.parameters()], lr=3e-3)
+    x, draws = torch.randn(pixels, generator=rng(2)), rng(3)
+    for _ in range(3000):
+        batch = []
+        for _ in range(8):
+            found, x = transition(x, draws, plain)
+            batch.append(found)
+        loss = joint_step(encoder, task, optimizer, *(torch.stack([entry[side] for entry in batch]) for side in range(3)))
+    assert loss < 0.02
+    made = PolicyAdapter(encoder, policy, task, optimizer=lambda p: torch.optim.SGD(p, lr=0.03), batch=1)
+    losses = []
+    for _ in range(200):
+        found, x = transition(x, draws, shifted)
+        losses.append(made.observe(*found))
+    assert np.mean(losses[:5]) > 10 * np.mean(losses[-30:])
+
+
+def test_constant_actions_are_skipped():
+    made = adapter()
+    still = torch.zeros(30, A)
+    before = None
+    for step, transition in enumerate(stream(30, actions=still)):
+        made.observe(*transition)
+        if step == 9:
+            before = [p.clone() for p in made.adapted.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, made.adapted.values(), strict=True))
+    assert [kind for _, kind in made.report.events] == ["degenerate"]
+    assert made.report.updates == 9
+
+
+# ---- gate, guards, budget -----------------------------------------------------------------------------------------------------------
+
+
+class Dots:
+    """A tiny environment: a bright pixel moves as the action says."""
+
+    def __init__(self, shift=0):
+        self.shift = shift
+
+    def reset(self, seed):
+        self.draws, self.place, self.t = np.random.default_rng(seed), np.array([5.0, 5.0]), 0
+        return self._look(), {}
+
+    def step(self, action):
+        self.place = np.clip(self.place + np.asarray(action) * 2.0, 0.0, 9.0)
+        self.t += 1
+        return self._look(), 0.0, False, self.t >= 12, {}
+
+    def _look(self):
+        frame = np.full((C, SIDE, SIDE), self.shift, np.uint8)
+        frame[:, int(self.place[0]), int(self.place[1])] = 255
+        return frame
+
+
+def test_the_gate_is_calibrated_and_shuts():
+    encoder, policy, task = parts()
+    made = PolicyAdapter(encoder, policy, task, augment=RandomCrop(CROP), batch=8, gate="auto")
+    with pytest.raises(StateError, match="calibrate"):
+        made.observe(*stream(1)[0])
+    with pytest.warns(OutlastWarning, match="no better than a constant"):
+        threshold = made.calibrate(Dots(), 3)
+    assert threshold > 0.0
+    assert made.report.threshold == threshold
+    fresh = PolicyAdapter(encoder, policy, task, augment=RandomCrop(CROP), batch=8, gate="auto")
+    fresh.load_state_dict(made.state_dict())
+    assert fresh.report.threshold == threshold
+    closed = adapter(gate=1e9)
+    assert run(closed, stream(5)) == [None] * 5
+    assert closed.report.gate_loss > 0.0
+    opened = adapter(gate=1e-9)
+    assert None not in run(opened, stream(5))
+
+
+def test_a_trained_head_calibrates_without_a_warning():
+    encoder, _, task = parts(same_crop=True)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *task.parameters()], lr=1e-2)
+    env, draws = Dots(), np.random.default_rng(0)
+    rows = []
+    for seed in range(40):
+        obs, _ = env.reset(seed)
+        over = False
+        while not over:
+            action = draws.uniform(-1.0, 1.0, A).astype(np.float32)
+            following, _, _, over, _ = env.step(action)
+            rows.append((torch.from_numpy(obs), torch.from_numpy(action), torch.from_numpy(following)))
+            obs = following
+    for step in range(300):
+        index = torch.randint(len(rows), (32,), generator=rng(step)).tolist()
+        joint_step(encoder, task, optimizer, *(torch.stack([rows[i][side] for i in index]) for side in range(3)), augment=RandomCrop(CROP))
+    chance = rng(9)
+    anything = lambda out: torch.rand(out.shape, generator=chance) * 2.0 - 1.0  # noqa: E731
+    made = PolicyAdapter(encoder, nn.Linear(8, A), task, augment=RandomCrop(CROP), gate="auto", act_fn=anything)
+    assert made.calibrate(Dots(), 4) > 0.0
+
+
+def test_guards_of_parameters_and_actions():
+    limit = adapter(lr=0.05, guards=[DriftLimit(0.01)])
+    run(limit, stream())
+    assert limit.report.drift <= 0.0101
+    periodic = adapter(guards=[PeriodicReset(7)])
+    run(periodic, stream())
+    assert periodic.report.resets == 4
+    anchored, free = adapter(lr=1e-2, guards=[Anchor(10.0)]), adapter(lr=1e-2)
+    run(anchored, stream())
+    run(free, stream())
+    assert anchored.report.drift < free.report.drift
+    recovered = adapter(guards=[Recovery(1e9, relative=False)])
+    run(recovered, stream(3))
+    assert recovered.report.resets == 3
+    watched = adapter(lr=0.05, guards=[ActionWatch(1e-4)])
+    run(watched, stream(5))
+    assert watched.report.resets == 5
+    assert watched.report.departure == 0.0
+    frozen = adapter(lr=0.05, guards=[ActionWatch(1e-4, "freeze")])
+    assert run(frozen, stream(5))[1:] == [None] * 4
+    with pytest.raises(DivergedError, match="departs"):
+        run(adapter(lr=0.05, guards=[ActionWatch(1e-4, "raise")]), stream(5))
+    with pytest.warns(OutlastWarning, match="departs"):
+        run(adapter(lr=0.05, guards=[ActionWatch(1e-4, "warn")]), stream(5))
+    with pytest.raises(ValueError, match="EntropyFilter needs"):
+        adapter(guards=[EntropyFilter()])
+
+
+def test_a_budget_of_time_skips_updates():
+    made = adapter(max_ms=1e-6)
+    results = run(made, stream(10))
+    assert results[0] is not None
+    assert results[1:] == [None] * 9
+
+
+def test_bad_numbers_are_skipped_and_counted():
+    made = adapter()
+    floats = [(obs.float() / 255.0, action, following.float() / 255.0) for obs, action, following in stream(4)]
+    run(made, floats[:1])
+    before = [p.clone() for p in made.adapted.values()]
+    bad = floats[1][0].clone()
+    bad[0, 0, 0] = math.nan
+    assert made.observe(bad, floats[1][1], floats[1][2]) is None
+    assert made.report.skipped == 1
+
+    class Bad(InverseDynamics):
+        def loss(self, *args):
+            return super().loss(*args) * math.inf
+
+    broken = PolicyAdapter(*parts()[:2], Bad(8, A, hidden=16), augment=RandomCrop(CROP))
+    assert run(broken, stream(2)) == [None, None]
+    assert {kind for _, kind in broken.report.events} == {"loss is not finite"}
+    assert all(torch.equal(a, b) for a, b in zip(before, made.adapted.values(), strict=True))
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_checked():
+    for settings, kind, message in (
+        ({"batch": 0}, ValueError, "batch"),
+        ({"lr": -1.0}, ValueError, "lr"),
+        ({"buffer": -1}, ValueError, "buffer"),
+        ({"newest": 9}, ValueError, "newest must be at most"),
+        ({"gate": 0.0}, ValueError, "gate"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"params": "biases"}, ValueError, "params"),
+        ({"params": lambda name, p: False}, ValueError, "no parameter"),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)}, TypeError, "factory"),
+    ):
+        with pytest.raises(kind, match=message):
+            adapter(**settings)
+    encoder, policy, _ = parts()
+    with pytest.raises(TypeError, match="joint training"):
+        PolicyAdapter(encoder, policy, nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="encoder must be"):
+        PolicyAdapter(lambda x: x, policy, parts()[2])
+
+
+def test_observations_and_actions_are_checked():
+    made = adapter()
+    obs, _, following = stream(1)[0]
+    made.act(obs)
+    for bad, message in (
+        (obs.float() / 255.0, r"bytes in \[0, 255\] so far, got .*torch.float32 in \[0, 1\]"),
+        (obs[:, :9], "must not change"),
+        (obs[0], r"\(C, H, W\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.act(bad)
+    with pytest.raises(ValueError, match="NaN"):
+        made.observe(obs, torch.tensor([math.nan, 0.0]), following)
+    with pytest.raises(ValueError, match=r"\(8, 2\)"):
+        made.observe(obs, torch.zeros(3), following)
+    with pytest.raises(ValueError, match="smaller than the crop"):
+        adapter().act(obs[:, :4, :4])
+
+
+def test_a_policy_that_does_not_take_the_features_is_refused():
+    encoder, _, task = parts()
+
+    class Deaf(nn.Module):
+        def forward(self, features):
+            return torch.zeros(len(features), A)
+
+    with pytest.raises(ValueError, match="does not change the action"):
+        PolicyAdapter(encoder, Deaf(), task, augment=RandomCrop(CROP)).act(stream(1)[0][0])
+
+
+def test_paper_settings_and_what_it_prints():
+    made = PolicyAdapter.paper(*parts(), augment=RandomCrop(CROP))
+    assert "Adam(lr=0.001)" in repr(made)
+    assert "batch=32" in repr(made)
+    assert "episodic" in repr(made)
+    run(made, stream(3))
+    report = made.report
+    assert report.updates == 3
+    assert report.used == 96
+    assert report.departure > 0.0
+    assert report.to_dict()["kind"] == "PolicyAdaptReport"
+    pytest.importorskip("matplotlib")
+    report.plot()
+
+
+def test_what_the_task_shares_is_adapted_once():
+    encoder, policy, _ = parts()
+
+    class Shared(InverseDynamics):
+        def __init__(self, body):
+            super().__init__(8, A, hidden=4)
+            self.body = body
+
+    made = PolicyAdapter(encoder, policy, Shared(encoder[4 - 1]), augment=RandomCrop(CROP))
+    ids = [id(p) for p in made.adapted.values()]
+    assert len(ids) == len(set(ids))
+    assert made.aux.body is made.encoder[3]
+    run(made, stream(2))
+    assert F.mse_loss(made.aux.body.weight, made.encoder[3].weight) == 0.0
+
+
+# ---- environments and other libraries ---------------------------------------------------------------------------------------------------
+
+
+def reach_parts(stack=3):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3 * stack, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 11 * 11, 8))
+    return encoder, nn.Sequential(nn.Linear(8, A), nn.Tanh()), InverseDynamics(8, A, hidden=8)
+
+
+def test_environments_feed_their_adapter():
+    pytest.importorskip("gymnasium")
+    from outlast.adapt import AdaptedEnv
+    from outlast.rl import FrameStack, PixelReach
+
+    made = PolicyAdapter(*reach_parts(), augment=RandomCrop(24), batch=4)
+    env = AdaptedEnv(FrameStack(PixelReach(stack=1, steps=8), 3), made)
+    for episode in range(2):
+        obs, _ = env.reset(seed=episode)
+        over = False
+        while not over:
+            obs, _, _, over, _ = env.step(made.act(obs).numpy())
+    assert made.report.seen == 16
+    assert made.report.updates == 12  # two of each episode are skipped, since the stack repeats frames
+    with pytest.raises(ValueError, match="not in"):
+        env.step(np.array([2.0, 0.0], np.float32))
+    with pytest.raises(ValueError, match="images"):
+        AdaptedEnv(__import__("gymnasium").make("CartPole-v1"), made)
+    with pytest.raises(TypeError, match="PolicyAdapter"):
+        AdaptedEnv(PixelReach(), None)
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
+def test_vector_environments_never_pair_two_episodes(mode):
+    gymnasium = pytest.importorskip("gymnasium")
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    from outlast.adapt import AdaptedEnv
+
+    class Numbered(gymnasium.Env):
+        """A picture of 100 times the episode plus the step."""
+
+        observation_space = gymnasium.spaces.Box(0, 255, (1, 4, 4), np.uint8)
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (A,), np.float32)
+
+        def __init__(self, length):
+            self.length, self.episode = length, -1
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.episode, self.t = self.episode + 1, 0
+            return self._look(), {}
+
+        def step(self, action):
+            self.t += 1
+            return self._look(), 0.0, False, self.t == self.length, {}
+
+        def _look(self):
+            return np.full((1, 4, 4), 50 * self.episode + self.t, np.uint8)
+
+    class Recorder(AuxTask):
+        def __init__(self):
+            super().__init__()
+            self.pairs_seen = []
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def loss(self, encoder, obs, action, next_obs):
+            numbers = [(255.0 * x[:, 0, 0, 0]).round().long().tolist() for x in (obs, next_obs)]
+            self.pairs_seen.append(set(zip(*numbers, strict=True)))
+            return (encoder(obs) * self.weight).sum()
+
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    made = PolicyAdapter(encoder, nn.Linear(4, A), Recorder(), batch=2, warmup=1, episodic=False)
+    env = AdaptedEnv(SyncVectorEnv([lambda: Numbered(3), lambda: Numbered(5)], autoreset_mode=AutoresetMode[mode]), made)
+    env.reset(seed=0)
+    draws = np.random.default_rng(0)
+    for _ in range(14):
+        env.step(draws.uniform(-1.0, 1.0, (2, A)).astype(np.float32))
+    pairs = set().union(*made.aux.pairs_seen)
+    assert len(pairs) > 6
+    assert all(after == before + 1 for before, after in pairs)
+    assert not any(before % 50 == 0 for before, _ in pairs)  # the warm-up of every episode
+
+
+@pytest.mark.parametrize("algorithm", ["SAC", "PPO", "A2C"])
+def test_policies_of_stable_baselines3(algorithm):
+    sb3 = pytest.importorskip("stable_baselines3")
+    from outlast.adapt import from_sb3
+    from outlast.rl import PixelReach
+
+    env = PixelReach(size=36)
+    settings = {"SAC": {"buffer_size": 10}, "PPO": {"n_steps": 8, "batch_size": 8}, "A2C": {"n_steps": 8}}[algorithm]
+    model = getattr(sb3, algorithm)("CnnPolicy", env, seed=0, device="cpu", **settings)
+    encoder, policy = from_sb3(model)
+    task = InverseDynamics(512, A, hidden=8)
+    made = PolicyAdapter(encoder, policy, task, batch=2)
+    obs, _ = env.reset(seed=0)
+    for _ in range(3):
+        expected, _ = model.predict(obs, deterministic=True)
+        action = made.act(obs).numpy()
+        assert np.allclose(action, expected, atol=1e-5)
+        following, *_ = env.step(action)
+        made.begin_episode()
+        assert made.observe(obs, action, following) is not None
+        made.begin_episode()
+        obs = following
+    from outlast.errors import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match="Stable-Baselines3"):
+        from_sb3(encoder)
