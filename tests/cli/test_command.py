@@ -236,6 +236,11 @@ def test_padding_names_what_leans_and_where_nothing_does(tmp_path):
     assert outlast(*fails).returncode == 1
     assert outlast(*fails, "--limit", "16").returncode == 0
     assert outlast(*fails, "--size", "225x257").returncode == 0
+    lost = "from torch import nn\nmodel = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 1, 1))\n"
+    (tmp_path / "lost.py").write_text(lost)
+    done = outlast(*("diagnose", "padding", "lost:model", "--channels", "1", "--fail-on", "skew"), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "not judged: layer '1'" in done.stdout
     (tmp_path / "mine.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(1, 1, 3, 2, 1)\nmodel = build()\n")
     for name in ("build", "model"):
         done = outlast("diagnose", "padding", f"mine:{name}", "--size", "9", "--channels", "1", "--json", PYTHONPATH=str(tmp_path))

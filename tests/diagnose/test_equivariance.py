@@ -267,6 +267,8 @@ def test_haar_draws():
 
 def test_large_rotations_are_products_of_reflections():
     g = draw("orthogonal", (3, 40, 40), rng(0), torch.float64)
+    assert g.group == "orthogonal (32 reflections)"  # labelled as such
+    assert draw("orthogonal", (8,), rng(0), torch.float64).group == "orthogonal"
     x, z = torch.randn(2, 2, 3, 40, 40, generator=rng(1), dtype=torch.float64)
     assert torch.allclose((g.apply(x) * g.apply(z)).sum((1, 2, 3)), (x * z).sum((1, 2, 3)))
     assert not torch.allclose(g.apply(x), x, atol=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -803,6 +804,30 @@ def test_padding_in_inference_mode_or_under_a_tracer_spoils_nothing():
             layer(torch.empty(1, 1, 9, 7))
         layer(x.requires_grad_()).sum().backward()
         assert type(layer(torch.randn(1, 1, 9, 7))) is torch.Tensor
+
+
+def test_indices_that_a_tracer_makes_from_plain_tensors_are_not_kept():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = torch.arange(3.0).view(1, 1, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        padding.pad(x, (5, 4), "symmetric")  # more than the size, so by gathering
+    assert padding.pad(x, (5, 4), "symmetric").flatten().tolist() == [1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0]
+
+
+def test_converted_models_are_exported_as_operators():
+    import io
+
+    model = padding.convert(nn.Sequential(nn.Conv2d(1, 2, 5, padding=2), nn.Conv2d(2, 1, 5, padding=2)), "symmetric")
+    x = torch.randn(1, 1, 9, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of deprecation and of sizes that become constants
+        traced = torch.jit.trace(model, x)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        assert torch.allclose(torch.jit.load(file)(x), model(x), atol=1e-6)
+        assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-6)
 
 
 def test_partial_models_are_seen_as_such():

@@ -43,11 +43,14 @@ def _gathered(x: Tensor, axis: int, left: int, right: int, mode: str) -> Tensor:
     key = (int(x.shape[axis]), left, right, mode, x.device)
     if not _is_plain(x):
         return x.index_select(axis, _sources(*key))
-    if key not in _kept:
-        if len(_kept) >= 512:
-            _kept.clear()
-        _kept[key] = _sources(*key)
-    return x.index_select(axis, _kept[key])
+    places = _kept.get(key)
+    if places is None:
+        places = _sources(*key)
+        if type(places) is Tensor:  # a tracer turns even what plain tensors lead to into its own
+            if len(_kept) >= 512:
+                _kept.clear()
+            _kept[key] = places
+    return x.index_select(axis, places)
 
 
 class _Mirror(torch.autograd.Function):
@@ -106,7 +109,12 @@ def _pairs(ndim: int, amounts: Sequence[int]) -> Iterable[tuple[int, int, int]]:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether what is made now may be kept: not what a compiler, a tracer or inference mode makes, which would spoil later calls."""
-    return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    return type(x) in (Tensor, nn.Parameter) and not _is_recorded() and not torch.is_inference_mode_enabled()
+
+
+def _is_recorded() -> bool:
+    """Whether a graph is being made, which must consist of operators."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def pad(x: Tensor, amounts: Sequence[int], mode: PaddingMode | str) -> Tensor:
@@ -144,14 +152,14 @@ def pad(x: Tensor, amounts: Sequence[int], mode: PaddingMode | str) -> Tensor:
             return F.pad(x, amounts, mode=mode)
     given = x
     mirrors = mode == "symmetric" and all(max(amounts[2 * axis : 2 * axis + 2]) <= size for axis, size in enumerate(sizes))
-    if mirrors and not torch.compiler.is_compiling():
+    if mirrors and not _is_recorded():
         x = cast("Tensor", _Mirror.apply(x, tuple(amounts)))
     else:
         for axis in range(rank):
             left, right = amounts[2 * axis : 2 * axis + 2]
             if left or right:
                 x = _gathered(x, -1 - axis, left, right, mode)
-    if _watchers and not torch.compiler.is_compiling():
+    if _watchers and not _is_recorded():
         for watch in _watchers:
             watch(given, x, amounts, mode)
     return x
