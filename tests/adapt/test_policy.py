@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers import rng
 from torch import nn
 from torch.nn import functional as F
 
+from outlast._core._random import derived_seed, generator
 from outlast.adapt import (
     ActionWatch,
     Anchor,
@@ -28,7 +30,7 @@ from outlast.adapt import (
     joint_step,
 )
 from outlast.adapt._auxiliary import turned
-from outlast.errors import DivergedError, OutlastWarning, StateError
+from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
 
 C, SIDE, CROP, A = 3, 10, 8, 2
 
@@ -487,6 +489,154 @@ def test_bad_numbers_are_skipped_and_counted():
     assert all(torch.equal(a, b) for a, b in zip(before, made.adapted.values(), strict=True))
 
 
+# ---- copies for environments, and a worker --------------------------------------------------------------------------------------------
+
+
+def columns(n, environments, seed=0):
+    obs = torch.randint(256, (n + 1, environments, C, SIDE, SIDE), generator=rng(seed), dtype=torch.uint8)
+    done = torch.rand(n, environments, A, generator=rng(seed + 1)) * 2.0 - 1.0
+    return [(obs[t], done[t], obs[t + 1]) for t in range(n)]
+
+
+def single(place, task=None, **settings):
+    """What the copy of one environment must equal."""
+    own = generator(derived_seed(rng(5).initial_seed(), f"environment {place}"), "adaptation")
+    encoder, policy, usual = parts()
+    return PolicyAdapter(encoder, policy, usual if task is None else task, **settings, generator=own)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"buffer": 6, "newest": 2}, {"update_aux": False, "steps": 2}, {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}],
+    ids=["newest", "buffer", "encoder", "sgd"],
+)
+def test_copies_equal_adapters_of_their_own(settings):
+    settings = {"augment": RandomCrop(CROP), "batch": 4, "lr": 1e-2, "warmup": 1, **settings}
+    both = PolicyAdapter(*parts(), per_env=True, generator=rng(5), guards=[DriftLimit(0.3), Anchor(0.1)], **settings)
+    apart = [single(place, guards=[DriftLimit(0.3), Anchor(0.1)], **settings) for place in range(3)]
+    for t, (obs, action, following) in enumerate(columns(12, 3)):
+        expected = torch.stack([each.act(x) for each, x in zip(apart, obs, strict=True)])
+        assert torch.allclose(both.act(obs), expected, atol=1e-5)
+        over = torch.tensor([t == 4, False, t == 7])
+        valid = torch.tensor([True, t != 3, True])
+        both.observe(obs, action, following, truncated=over, valid=valid)
+        for place, each in enumerate(apart):
+            if valid[place]:
+                each.observe(obs[place], action[place], following[place], truncated=over[place])
+        if over.any():
+            both.begin_episode(over)
+            apart[int(over.nonzero())].begin_episode()
+    for copied, each in zip(both.reports, apart, strict=True):
+        assert copied.updates == each.report.updates > 5
+        assert copied.loss == pytest.approx(each.report.loss, abs=1e-5)
+        assert copied.events == each.report.events
+    assert both.report.updates == sum(each.report.updates for each in apart)
+    assert all(torch.equal(a, b) for a, b in zip(both.encoder.parameters(), parts()[0].parameters(), strict=True))
+    both.begin_episode()
+    frozen = PolicyAdapter(*parts(), augment=RandomCrop(CROP))
+    assert torch.allclose(both.act(obs), frozen.act(obs), atol=1e-6)
+
+
+def test_copies_go_on_from_a_state(tmp_path):
+    def fresh():
+        return adapter(per_env=True, batch=4, lr=1e-2, buffer=4, generator=rng(3))
+
+    transitions = columns(10, 2)
+    whole, half = fresh(), fresh()
+    run(whole, transitions)
+    run(half, transitions[:5])
+    torch.save(half.state_dict(), tmp_path / "state.pt")
+    resumed = fresh()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    run(resumed, transitions[5:])
+    assert torch.equal(whole.act(transitions[0][0]), resumed.act(transitions[0][0]))
+    assert whole.report.history.tolist() == resumed.report.history.tolist()
+    with pytest.raises(ValueError, match="per_env=True"):
+        adapter(lr=1e-2).load_state_dict(half.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["discrete", "rotation"])
+def test_copies_of_other_tasks(kind):
+    task = InverseDynamics(8, 5, hidden=4, discrete=True) if kind == "discrete" else RotationPrediction(8, hidden=4)
+    settings = {"augment": RandomCrop(CROP), "batch": 4, "lr": 1e-2}
+    encoder, policy, _ = parts()
+    both = PolicyAdapter(encoder, policy, task, per_env=True, generator=rng(5), **settings)
+    apart = [single(place, task, **settings) for place in range(2)]
+    numbers = torch.randint(5, (6, 2), generator=rng(1))
+    for t, (obs, action, following) in enumerate(columns(6, 2)):
+        done = numbers[t] if kind == "discrete" else action
+        both.observe(obs, done, following)
+        for place, each in enumerate(apart):
+            each.observe(obs[place][None], done[place][None], following[place][None])
+    expected = torch.cat([each.act(x[None]) for each, x in zip(apart, obs, strict=True)])
+    assert torch.allclose(both.act(obs), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\[0, 5\)" if kind == "discrete" else "as many"):
+        both.observe(obs, numbers[0] + 5 if kind == "discrete" else numbers[0][:1], following)
+
+
+def test_copies_of_bad_input():
+    class Looks(nn.Module):
+        def forward(self, x):
+            return x if float(x.sum()) > 0.0 else -x
+
+    encoder, policy, task = parts()
+    made = PolicyAdapter(encoder, nn.Sequential(policy, Looks()), task, per_env=True, augment=RandomCrop(CROP))
+    obs = columns(1, 2)[0][0]
+    with pytest.raises(UnsupportedError, match="cannot map this policy"):
+        made.act(obs)
+    both = adapter(per_env=True)
+    both.act(obs)
+    with pytest.raises(ValueError, match="began with 2"):
+        both.act(obs[:1])
+    with pytest.raises(ValueError, match="one entry for each of 2"):
+        both.begin_episode([True])
+    with pytest.raises(UnsupportedError, match=r"use observe\(\)"):
+        both.observe_async(*columns(1, 2)[0])
+
+
+def test_a_worker_computes_the_same_step():
+    waiting, working = adapter(lr=1e-2, guards=[Anchor(0.1)]), adapter(lr=1e-2, guards=[Anchor(0.1)])
+    for obs, action, following in stream(8):
+        expected = waiting.observe(obs, action, following)
+        before = working.act(obs)
+        assert working.observe_async(obs, action, following)
+        assert working.finish() == pytest.approx(expected, rel=1e-5)
+        assert not torch.equal(before, working.act(obs))
+        assert torch.allclose(waiting.act(obs), working.act(obs), atol=1e-5)
+    assert working.finish() is None
+    assert working.report.updates == 8
+
+
+def test_acting_goes_on_while_a_worker_computes():
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow(InverseDynamics):
+        def loss(self, *args):
+            started.set()
+            assert go_on.wait(20.0)
+            return super().loss(*args)
+
+    encoder, policy, _ = parts()
+    made = PolicyAdapter(encoder, policy, Slow(8, A, hidden=16), augment=RandomCrop(CROP), batch=4, lr=1e-2)
+    (obs, action, following), second = stream(2)
+    before = made.act(obs)
+    assert made.observe_async(obs, action, following)
+    assert started.wait(20.0)
+    assert torch.equal(made.act(obs), before)  # the old weights, at once
+    assert not made.observe_async(*second)  # the worker is busy
+    go_on.set()
+    made.finish()
+    assert not torch.equal(made.act(obs), before)
+    assert (made.report.updates, made.report.skipped, made.report.seen) == (1, 1, 2)
+
+
+def test_a_policy_without_a_head_is_no_state():
+    made = adapter()
+    state = {name: value for name, value in made.state_dict().items() if not name.startswith("aux.")}
+    with pytest.raises(ValueError, match="joint"):
+        made.load_state_dict(state)
+
+
 # ---- bad input ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -524,7 +674,7 @@ def test_observations_and_actions_are_checked():
             made.act(bad)
     with pytest.raises(ValueError, match="NaN"):
         made.observe(obs, torch.tensor([math.nan, 0.0]), following)
-    with pytest.raises(ValueError, match=r"\(8, 2\)"):
+    with pytest.raises(ValueError, match=r"\(1, 2\)"):
         made.observe(obs, torch.zeros(3), following)
     with pytest.raises(ValueError, match="smaller than the crop"):
         adapter().act(obs[:, :4, :4])

@@ -79,6 +79,7 @@ class AuxTask(nn.Module):
     """Base of auxiliary tasks: a head whose loss needs no label and no reward.
 
     Your own task overrides :meth:`loss`, and :meth:`baseline` if a predictor that ignores the observations has another loss than infinity.
+    A task that draws at random overrides :meth:`draw` and :meth:`compare` instead, so that it can be mapped over environments.
 
     Attributes:
         same_crop: whether both observations of a transition are cropped at one place.
@@ -98,6 +99,17 @@ class AuxTask(nn.Module):
             next_obs: the observations that followed.
         """
         raise NotImplementedError
+
+    def check(self, action: Tensor, n: int) -> None:
+        """Raise where ``n`` actions have a form that the task does not take; nothing by default."""
+
+    def draw(self, obs: Tensor, action: Tensor, next_obs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`compare` takes: the transitions themselves, or what was made of them at random."""
+        return obs, action, next_obs
+
+    def compare(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """The loss of what :meth:`draw` gave, a function of its arguments and the weights alone."""
+        return self.loss(encoder, obs, action, next_obs)
 
     def baseline(self, action: Tensor) -> float:
         """Loss of the best constant prediction on these actions: a trained head must be below it."""
@@ -154,7 +166,7 @@ class InverseDynamics(AuxTask):
             TypeError: floats for discrete actions.
             ValueError: actions of another shape or number.
         """
-        self._check(action, len(obs))
+        self.check(action, len(obs))
         found = self.predict(encoder, obs, next_obs).float()
         return F.cross_entropy(found, action.long()) if self.discrete else F.mse_loss(found, action.to(found.dtype))
 
@@ -165,11 +177,16 @@ class InverseDynamics(AuxTask):
             return float(-(shares * shares.clamp_min(1e-300).log()).sum())
         return float(action.double().var(0, correction=0).mean())
 
-    def _check(self, action: Tensor, n: int) -> None:
+    def check(self, action: Tensor, n: int) -> None:
+        """Raise where actions are not ``(n, action_dim)``, or whole numbers ``(n,)`` in the range of discrete ones.
+
+        Raises:
+            TypeError, ValueError: they are not.
+        """
         if self.discrete:
             if action.is_floating_point():
                 raise TypeError(f"discrete actions are whole numbers, got {action.dtype}")
-            if action.shape != (n,) or not bool(((action >= 0) & (action < self.action_dim)).all()):
+            if action.shape != (n,) or not _all((action >= 0) & (action < self.action_dim)):
                 raise ValueError(f"actions must be ({n},) in [0, {self.action_dim}), got shape {tuple(action.shape)}")
         elif action.shape != (n, self.action_dim):
             raise ValueError(f"actions must be ({n}, {self.action_dim}), got shape {tuple(action.shape)}")
@@ -212,12 +229,32 @@ class RotationPrediction(AuxTask):
         Raises:
             ValueError: images that are not square.
         """
+        return self.compare(encoder, *self.draw(obs, action, next_obs, generator))
+
+    def draw(self, obs: Tensor, action: Tensor, next_obs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned images in place of the second observations, their turns in place of the actions.
+
+        Raises:
+            ValueError: images that are not square.
+        """
         turns = torch.randint(4, (len(next_obs),), generator=generator, device="cpu").to(next_obs.device)
-        return F.cross_entropy(self.head(self.projection(encoder(turned(next_obs, turns)))).float(), turns)
+        return obs, turns, turned(next_obs, turns)
+
+    def compare(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Mean cross entropy of drawn turns."""
+        return F.cross_entropy(self.head(self.projection(encoder(next_obs))).float(), action)
 
     def baseline(self, action: Tensor) -> float:
         """Ln 4: four turns, none likelier."""
         return float(torch.tensor(4.0).log())
+
+
+def _all(holds: Tensor) -> bool:
+    """Whether all are true; taken for granted inside ``torch.func.vmap``, where values cannot be looked at."""
+    try:
+        return bool(holds.all())
+    except RuntimeError:
+        return True
 
 
 def turned(images: Tensor, turns: Tensor) -> Tensor:
@@ -293,6 +330,4 @@ def prepared(aux: AuxTask, obs: Tensor, next_obs: Tensor, augment: Any, generato
 
 def loss_of(aux: AuxTask, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor, generator: torch.Generator | None) -> Tensor:
     """The task's loss, with the generator for tasks that draw."""
-    if isinstance(aux, RotationPrediction):
-        return aux.loss(encoder, obs, action, next_obs, generator)
-    return aux.loss(encoder, obs, action, next_obs)
+    return aux.compare(encoder, *aux.draw(obs, action, next_obs, generator))

@@ -12,6 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -23,10 +24,12 @@ from torch.optim import Optimizer
 from outlast._core import _checks, _foreach
 from outlast._core._batches import device_of
 from outlast._core._norm import is_norm_layer
+from outlast._core._random import derived_seed, generator
 from outlast.adapt._auxiliary import AuxTask, RandomCrop, as_floats, loss_of, prepared
+from outlast.adapt._copies import Arrived, Copies, Found, Rows, TaskLoss, background, loss_and_grads
 from outlast.adapt._guards import Adapter, Guard, Needs, check_guards, load_guards
 from outlast.adapt._report import AdaptReport
-from outlast.errors import DivergedError, OutlastWarning, StateError
+from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
 
 _VERSION = 1
 _SMOOTHING = 0.9  # of the reported loss
@@ -160,6 +163,9 @@ class PolicyAdapter(nn.Module):
         gate: update only while the moving average of the loss exceeds this; ``"auto"`` for what :meth:`calibrate` finds.
         warmup: first steps of each episode that are skipped: frames of the stack - 1.
         params: ``"all"`` parameters of the encoder, ``"norm_affine"``, or a predicate of name and parameter.
+        per_env: one adapted copy for each environment instead of one that all share, computed together by ``torch.func.vmap``;
+            each has its own optimizer, buffer, guards, step numbers and draws, and :meth:`begin_episode` with a mask restores the
+            chosen ones.
         max_ms: skip updates while their mean time exceeds this.
         guards: those that need only the loss and the adapted parameters, and :class:`ActionWatch`.
         act_fn: from the policy's output to the action.
@@ -188,12 +194,29 @@ class PolicyAdapter(nn.Module):
         gate: float | Literal["auto"] | None = None,
         warmup: int = 0,
         params: Literal["all", "norm_affine"] | Callable[[str, nn.Parameter], bool] = "all",
+        per_env: bool = False,
         max_ms: float | None = None,
         guards: Sequence[Guard] = (),
         act_fn: Callable[[Any], Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        settings: dict[str, Any] = {
+            "optimizer": optimizer,
+            "lr": lr,
+            "batch": batch,
+            "augment": augment,
+            "steps": steps,
+            "episodic": episodic,
+            "update_aux": update_aux,
+            "buffer": buffer,
+            "newest": newest,
+            "gate": gate,
+            "warmup": warmup,
+            "params": params,
+            "max_ms": max_ms,
+            "act_fn": act_fn,
+        }
         for name, module in (("encoder", encoder), ("policy", policy), ("aux", aux)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
@@ -239,6 +262,10 @@ class PolicyAdapter(nn.Module):
         self._ended: Tensor | None = None
         self._degenerate = False
         self._source = [parameter.detach().clone() for parameter in self.adapted.values()]
+        self._pending: Future[Found] | None = None  # the gradient that a worker is computing
+        self._worker: TaskLoss | None = None
+        self._settings, self._per_env = settings, bool(per_env)
+        self._copies: Copies | None = None
 
     @classmethod
     def paper(cls, encoder: nn.Module, policy: nn.Module, aux: AuxTask, **settings: Any) -> PolicyAdapter:
@@ -280,8 +307,9 @@ class PolicyAdapter(nn.Module):
         Raises:
             ValueError: another shape or type than before, or smaller than the crop.
         """
+        self._settle(wait=False)
         x, single = self._observation(obs)
-        action = self._policy_of(x)
+        action = self._copies_of(len(x)).act(x) if self._per_env else self._policy_of(x)
         return action[0] if single else action
 
     def observe(
@@ -304,55 +332,66 @@ class PolicyAdapter(nn.Module):
             StateError: an episode has ended and :meth:`begin_episode` was not called, or ``gate="auto"`` is not calibrated.
             ValueError, TypeError: observations of another form, actions of another shape or type, NaN actions.
         """
-        if self._auto and self._threshold is None:
-            raise StateError("gate='auto' has no threshold yet: call calibrate(env, episodes), or load a calibrated state")
-        before, single = self._observation(obs)
-        after, _ = self._observation(next_obs)
-        if before.shape != after.shape:
-            raise ValueError(f"obs and next_obs must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
-        done = torch.as_tensor(action).to(before.device)
-        done = done[None] if single else done
-        self._check_action(done, len(before))
-        ends = self._ends(terminated, len(before)) | self._ends(truncated, len(before))
-        counted = torch.ones(len(before), dtype=torch.bool) if valid is None else self._ends(valid, len(before))
-        steps = self._advance(len(before), ends & counted, counted)
-        self._last_obs = after
-        counters = self._counters
-        counters.seen += len(before)
-        finite = torch.ones(len(before), dtype=torch.bool)
-        for images in (before, after):
-            if images.is_floating_point():
-                finite &= images.isfinite().flatten(1).all(1).cpu()
-        ready = finite & counted & (steps >= self._warmup)
-        if not bool(ready.any()) or counters.frozen:
-            counters.skipped += 1
-            return None
-        rows = ready.to(before.device)
-        before, done, after = before[rows], done[rows], after[rows]
-        self._remember(before, done, after)
-        if self._constant_actions():
-            counters.skipped += 1
-            if not self._degenerate:
-                self.note("degenerate")
-            self._degenerate = True
-            return None
-        self._degenerate = False
-        if self._shut(before, done, after) or self._too_slow():
-            counters.skipped += 1
-            return None
+        self._settle()
+        arrived = self._arrived(obs, action, next_obs, terminated, truncated, valid)
+        if self._per_env:
+            return self._copies_of(len(arrived.before)).observe(arrived)
+        rows = self._admitted(arrived)
         found: float | None = None
-        for _ in range(self._steps):
-            found = self._update(before, done, after)
+        for _ in range(self._steps if rows is not None else 0):
+            found = self._update(cast("Rows", rows))
             if found is None:
                 break
         return found
 
+    def observe_async(
+        self, obs: Any, action: Any, next_obs: Any, *, terminated: Any = None, truncated: Any = None, valid: Any = None
+    ) -> bool:
+        """Like :meth:`observe`, without waiting: a worker thread computes the gradient, the next call that finds it ready takes the step.
+
+        Acting goes on meanwhile with the weights as they are, so weights change between two actions only. A transition that arrives while
+        the worker is busy enters the buffer and is counted as skipped. When a step lands depends on the machine's speed, so runs do not
+        repeat bit for bit; :meth:`finish` waits.
+
+        Returns:
+            Whether an update was begun.
+
+        Raises:
+            UnsupportedError: with ``per_env`` or ``steps`` above 1.
+            StateError, ValueError, TypeError: as :meth:`observe` does.
+        """
+        if self._per_env or self._steps > 1:
+            raise UnsupportedError("observe_async() takes one shared encoder and steps=1: use observe()")
+        self._settle(wait=False)
+        rows = self._admitted(self._arrived(obs, action, next_obs, terminated, truncated, valid))
+        if rows is None:
+            return False
+        if self._pending is not None:
+            self._counters.skipped += 1
+            return False
+        start = time.perf_counter()
+        batch = self._drawn(rows)
+        if self._worker is None:
+            self._worker = copy.deepcopy(TaskLoss(self.encoder, self.aux))
+        # Weights are written by this thread only, and only while no gradient is being computed: the worker reads them where they lie.
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.adapted.items()}
+        self._pending = background().submit(loss_and_grads, self._worker, leaves, batch, start)
+        return True
+
+    def finish(self) -> float | None:
+        """Wait for what :meth:`observe_async` has begun, and take its step: the loss, or None where nothing was pending."""
+        return self._settle()
+
     def begin_episode(self, mask: Any = None) -> None:
         """A new episode begins: everywhere, or in the environments of a mask.
 
-        With ``episodic`` the trained weights, a fresh optimizer and an empty buffer come back; environments share one encoder, so with a
-        mask that leaves some out only the others' step numbers start again.
+        With ``episodic`` the trained weights, a fresh optimizer and an empty buffer come back. Environments share one encoder unless
+        ``per_env`` is set, so with a mask that leaves some out only the chosen ones' step numbers start again.
         """
+        self._settle()
+        if self._copies is not None:
+            self._copies.begin(mask)
+            return
         everywhere = mask is None or bool(torch.as_tensor(mask).all())
         if everywhere:
             self._step_numbers = self._ended = None
@@ -372,10 +411,14 @@ class PolicyAdapter(nn.Module):
 
     def warm_up_at_least(self, steps: int) -> None:
         """Skip so many first steps of each episode, if no warm-up was given."""
-        self._warmup = self._warmup or steps
+        self._warmup = self._settings["warmup"] = self._warmup or steps
+        for each in [] if self._copies is None else self._copies.all:
+            each.warm_up_at_least(steps)
 
     def reset(self) -> None:
         """Back to the start: weights, optimizer, buffer, guards, counters; the gate's threshold stays."""
+        self._settle()
+        self._copies = None
         self._to_source()
         self._recent, self._actions = [], []
         self._step_numbers = self._ended = self._last_obs = None
@@ -401,6 +444,7 @@ class PolicyAdapter(nn.Module):
             ValueError: observations that are no images, or no transition after the warm-up.
         """
         _checks.integer("episodes", episodes, low=1)
+        self._settle()
         losses: list[float] = []
         actions: list[Tensor] = []
         now = [parameter.detach().clone() for parameter in self.adapted.values()]
@@ -410,7 +454,7 @@ class PolicyAdapter(nn.Module):
                 obs, _ = env.reset(seed=seed + episode)
                 step, over = 0, False
                 while not over:
-                    action = self.act(obs)
+                    action = self._policy_of(self._observation(obs)[0])[0]
                     following, _, terminated, truncated, _ = env.step(action.cpu().numpy())
                     if step >= self._warmup:
                         pair = [self._observation(each)[0] for each in (obs, following)]
@@ -429,11 +473,16 @@ class PolicyAdapter(nn.Module):
                 stacklevel=2,
             )
         self._threshold = float(np.mean(losses) + 2.0 * np.std(losses))
+        for each in [] if self._copies is None else self._copies.all:
+            each._threshold = self._threshold
         return self._threshold
 
     @property
     def report(self) -> PolicyAdaptReport:
-        """What has happened since the start or the last ``reset()``."""
+        """What has happened since the start or the last ``reset()``; with ``per_env``, of all environments together (see ``reports``)."""
+        self._settle()
+        if self._copies is not None:
+            return _together(self.reports)
         counters = self._counters
         source = _foreach.norm(self._source)
         gaps = [parameter.detach() - value for parameter, value in zip(self.adapted.values(), self._source, strict=True)]
@@ -453,9 +502,17 @@ class PolicyAdapter(nn.Module):
             milliseconds=counters.milliseconds,
         )
 
+    @property
+    def reports(self) -> tuple[PolicyAdaptReport, ...]:
+        """With ``per_env`` the report of each environment's copy, otherwise the one report."""
+        return (self.report,) if self._copies is None else tuple(each.report for each in self._copies.all)
+
     @torch.no_grad()
     def departure(self) -> float:
         """Mean absolute difference of the adapted and the source policy's action on the newest observation; NaN before the first."""
+        self._settle()
+        if self._copies is not None:
+            return sum(each.departure() for each in self._copies.all) / len(self._copies.all)
         if self._last_obs is None:
             return math.nan
         parameters = list(self.adapted.values())
@@ -512,6 +569,71 @@ class PolicyAdapter(nn.Module):
 
     # ---- a transition ---------------------------------------------------------------------------------------------------------------
 
+    def _arrived(self, obs: Any, action: Any, next_obs: Any, terminated: Any, truncated: Any, valid: Any) -> Arrived:
+        """What was observed, checked."""
+        if self._auto and self._threshold is None:
+            raise StateError("gate='auto' has no threshold yet: call calibrate(env, episodes), or load a calibrated state")
+        before, single = self._observation(obs)
+        after, _ = self._observation(next_obs)
+        if before.shape != after.shape:
+            raise ValueError(f"obs and next_obs must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+        done = torch.as_tensor(action).to(before.device)
+        done = done[None] if single else done
+        n = len(before)
+        self._check_action(done, n)
+        ends = self._ends(terminated, n) | self._ends(truncated, n)
+        counted = torch.ones(n, dtype=torch.bool) if valid is None else self._ends(valid, n)
+        return Arrived(before, done, after, ends & counted, counted)
+
+    def _admitted(self, arrived: Arrived) -> Rows | None:
+        """The transitions that are learnt from, or None, after everything that must be remembered and counted of them."""
+        before, done, after = arrived.before, arrived.action, arrived.after
+        steps = self._advance(len(before), arrived.ends, arrived.counted)
+        self._last_obs = after
+        counters = self._counters
+        counters.seen += len(before)
+        finite = torch.ones(len(before), dtype=torch.bool)
+        for images in (before, after):
+            if images.is_floating_point():
+                finite &= images.isfinite().flatten(1).all(1).cpu()
+        ready = finite & arrived.counted & (steps >= self._warmup)
+        if not bool(ready.any()) or counters.frozen:
+            counters.skipped += 1
+            return None
+        chosen = ready.to(before.device)
+        rows = before[chosen], done[chosen], after[chosen]
+        self._remember(*rows)
+        if self._constant_actions():
+            counters.skipped += 1
+            if not self._degenerate:
+                self.note("degenerate")
+            self._degenerate = True
+            return None
+        self._degenerate = False
+        if self._shut(*rows) or self._too_slow():
+            counters.skipped += 1
+            return None
+        return rows
+
+    def _copies_of(self, n: int) -> Copies:
+        """The environments' copies, made when their number is known."""
+        if self._copies is None:
+            seed = self._generator.initial_seed()
+
+            def made(place: int) -> PolicyAdapter:
+                own = generator(derived_seed(seed, f"environment {place}"), "adaptation")
+                guards = copy.deepcopy(self._guards)
+                for guard in guards:
+                    guard._owned = False  # pyright: ignore[reportAttributeAccessIssue]
+                each = PolicyAdapter(self.encoder, self.policy, self.aux, **self._settings, guards=guards, generator=own)
+                each._threshold = self._threshold
+                return each
+
+            self._copies = Copies(made, n)
+        if len(self._copies.all) != n:
+            raise ValueError(f"per_env=True began with {len(self._copies.all)} environments, got observations of {n}")
+        return self._copies
+
     def _observation(self, obs: Any) -> tuple[Tensor, bool]:
         x = torch.as_tensor(obs)
         single = x.ndim == 3
@@ -559,6 +681,7 @@ class PolicyAdapter(nn.Module):
             raise ValueError(f"{n} observations need as many actions, got {len(action)}")
         if action.is_floating_point() and not bool(action.isfinite().all()):
             raise ValueError("the action holds NaN or infinity: what was executed must be given")
+        self.aux.check(action, n)
 
     def _ends(self, flags: Any, n: int) -> Tensor:
         if flags is None:
@@ -626,36 +749,65 @@ class PolicyAdapter(nn.Module):
             parts.append(cast("Any", tuple(torch.stack([entry[side] for entry in old]) for side in range(3))))
         return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3)))
 
-    def _update(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> float | None:
-        start = time.perf_counter()
-        counters, parameters = self._counters, list(self.adapted.values())
-        before, done, after = self._batch_of(obs, action, next_obs)
+    def _drawn(self, rows: Rows) -> Rows:
+        """A batch of transitions with their crops and whatever else the task draws."""
+        before, done, after = self._batch_of(*rows)
         before, after = prepared(self.aux, before, after, self._augment, self._generator)
+        return self.aux.draw(before, done, after, self._generator)
+
+    def _penalty(self) -> Tensor | None:
+        """What guards add to the loss."""
+        found = [extra for guard in self._guards if (extra := guard.penalty(None, self)) is not None]
+        return torch.stack(found).sum() if found else None
+
+    def _update(self, rows: Rows) -> float | None:
+        start = time.perf_counter()
+        parameters = list(self.adapted.values())
+        batch = self._drawn(rows)
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
-                loss = loss_of(self.aux, self.encoder, before, done, after, self._generator)
-                total = loss
-                for guard in self._guards:
-                    extra = guard.penalty(None, self)
-                    total = total if extra is None else total + extra
-                value = float(loss.detach())
-                if not bool(total.detach().isfinite()):
-                    counters.skipped += 1
-                    self.note("loss is not finite")
-                    return None
-                grads = torch.autograd.grad(total, parameters, allow_unused=True)
+                loss = self.aux.compare(self.encoder, *batch)
+                penalty = self._penalty()
+                grads = torch.autograd.grad(loss if penalty is None else loss + penalty, parameters, allow_unused=True)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
+        value = float(loss.detach()) if penalty is None or bool(penalty.detach().isfinite()) else math.nan
+        return self._stepped(value, grads, start)
+
+    def _with_penalty(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients of a loss that was differentiated elsewhere, with those of what guards add."""
+        parameters = list(self.adapted.values())
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                penalty = self._penalty()
+                if penalty is None:
+                    return grads
+                extra = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        added = cast("tuple[Tensor | None, ...]", extra)
+        return [a if b is None else b if a is None else a + b for a, b in zip(grads, added, strict=True)]
+
+    def _stepped(self, value: float, grads: Sequence[Tensor | None], start: float) -> float | None:
+        """Take the optimizer's step with gradients of a loss, and count it; None and no step where the loss is not finite."""
+        counters, parameters = self._counters, list(self.adapted.values())
+        if not math.isfinite(value):
+            counters.skipped += 1
+            self.note("loss is not finite")
+            return None
         optimizer = self._ready_optimizer(parameters)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         counters.updates += 1
-        counters.used += len(before)
+        counters.used += self._batch
         counters.last_loss = value
         counters.loss = value if math.isnan(counters.loss) else _SMOOTHING * counters.loss + (1.0 - _SMOOTHING) * value
         counters.history.append((counters.updates, value))
@@ -667,6 +819,14 @@ class PolicyAdapter(nn.Module):
         known = counters.milliseconds
         counters.milliseconds = elapsed if math.isnan(known) else _SMOOTHING * known + (1.0 - _SMOOTHING) * elapsed
         return value
+
+    def _settle(self, *, wait: bool = True) -> float | None:
+        """Take the step whose gradient the worker has computed; without ``wait`` only if it is ready."""
+        if self._pending is None or not (wait or self._pending.done()):
+            return None
+        pending, self._pending = self._pending, None
+        value, grads, start = pending.result()
+        return self._stepped(value, self._with_penalty(grads), start)
 
     def _ready_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self._optimizer is None:
@@ -682,6 +842,7 @@ class PolicyAdapter(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Everything beside the modules that the next step depends on: tensors and plain values."""
+        self._settle()
         return {
             "version": _VERSION,
             "names": list(self._names),
@@ -697,6 +858,7 @@ class PolicyAdapter(nn.Module):
             "ended": self._ended,
             "last": self._last_obs,
             "degenerate": self._degenerate,
+            "copies": [] if self._copies is None else [each.state_dict() for each in self._copies.all],
         }
 
     def set_extra_state(self, state: Any) -> None:
@@ -728,6 +890,22 @@ class PolicyAdapter(nn.Module):
         self._step_numbers, self._ended = (None if each is None else each.clone() for each in (state["steps"], state["ended"]))
         self._last_obs = None if state["last"] is None else state["last"].to(device, copy=True)
         self._degenerate = bool(state["degenerate"])
+        self._pending = self._worker = self._copies = None
+        if state["copies"] and not self._per_env:
+            raise ValueError("the state has one copy for each environment: make the adapter with per_env=True")
+        if state["copies"]:
+            for each, own in zip(self._copies_of(len(state["copies"])).all, state["copies"], strict=True):
+                each.load_state_dict(own)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As every module does.
+
+        Raises:
+            ValueError: the state has no auxiliary head, such as the checkpoint of a policy alone.
+        """
+        if strict and any(True for _ in self.aux.parameters()) and not any(name.startswith("aux.") for name in state_dict):
+            raise ValueError("the state has no auxiliary head: PAD needs one that was trained jointly with the policy (joint_step)")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def train(self, mode: bool = True) -> PolicyAdapter:
         """Set the adapter's own flag; encoder, policy and task stay in eval mode."""
@@ -750,6 +928,26 @@ class PolicyAdapter(nn.Module):
         if self._guards:
             parts.append("guards=" + "+".join(type(guard).__name__ for guard in self._guards))
         return ", ".join(parts)
+
+
+def _together(reports: Sequence[PolicyAdaptReport]) -> PolicyAdaptReport:
+    """Sums of counters, means of figures; events and losses in the order of the environments."""
+
+    def mean(name: str) -> float:
+        known = [value for report in reports if not math.isnan(value := float(getattr(report, name)))]
+        return sum(known) / len(known) if known else math.nan
+
+    return PolicyAdaptReport(
+        updates=sum(report.updates for report in reports),
+        skipped=sum(report.skipped for report in reports),
+        resets=sum(report.resets for report in reports),
+        seen=sum(report.seen for report in reports),
+        used=sum(report.used for report in reports),
+        **{name: mean(name) for name in ("loss", "drift", "departure", "gate_loss", "milliseconds")},
+        events=tuple((number, f"environment {place}: {kind}") for place, report in enumerate(reports) for number, kind in report.events),
+        history=np.concatenate([report.history for report in reports]),
+        threshold=reports[0].threshold,
+    )
 
 
 def _range(dtype: torch.dtype) -> str:

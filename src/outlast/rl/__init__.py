@@ -8,14 +8,32 @@ from outlast._core._extras import require
 from outlast.rl._shifts import ColorShift, DistractorShift, GainShift, TextureShift, VideoBackground
 
 if TYPE_CHECKING:
+    from outlast.rl._control import ControlEnv
     from outlast.rl._reach import PixelReach
-    from outlast.rl._sac import PixelSAC
+    from outlast.rl._sac import PixelSAC, SACSettings
     from outlast.rl._stack import FrameStack
 
-__all__ = ["ColorShift", "DistractorShift", "FrameStack", "GainShift", "PixelReach", "PixelSAC", "TextureShift", "VideoBackground"]
+__all__ = [
+    "ColorShift",
+    "ControlEnv",
+    "DistractorShift",
+    "FrameStack",
+    "GainShift",
+    "PixelReach",
+    "PixelSAC",
+    "SACSettings",
+    "TextureShift",
+    "VideoBackground",
+]
 
 # Their base classes are gymnasium's.
-_LAZY = {"PixelReach": "outlast.rl._reach", "FrameStack": "outlast.rl._stack", "PixelSAC": "outlast.rl._sac"}
+_LAZY = {
+    "ControlEnv": "outlast.rl._control",
+    "FrameStack": "outlast.rl._stack",
+    "PixelReach": "outlast.rl._reach",
+    "PixelSAC": "outlast.rl._sac",
+    "SACSettings": "outlast.rl._sac",
+}
 
 
 def __getattr__(name: str) -> Any:

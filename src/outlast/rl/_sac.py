@@ -10,14 +10,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from outlast._core._checks import integer, real
+from outlast._core._checks import choice, integer, real
 from outlast._core._random import derived_seed, seeded
 from outlast._core._random import generator as stream_of
 from outlast.adapt import AuxTask, InverseDynamics, RandomCrop
@@ -30,14 +30,22 @@ def _branch(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width), nn.Tanh())
 
 
+def _projected(features: int, width: int | None) -> list[nn.Module]:
+    """A projection of one's own, or none where the encoder has it."""
+    return [] if width is None else [_branch(features, width)]
+
+
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class PixelEncoder(nn.Module):
-    """Three 3x3 convolutions with strides 2, 2, 1 and ReLU, flattened; the part that policy, critic and auxiliary task share."""
+    """Three 3x3 convolutions with strides 2, 2, 1 and ReLU, flattened; the part that policy, critic and auxiliary task share.
 
-    def __init__(self, channels: int, size: int, filters: int = 16) -> None:
+    With ``width`` they also share a projection to so many features: ``Linear``, ``LayerNorm``, ``tanh``.
+    """
+
+    def __init__(self, channels: int, size: int, filters: int = 16, width: int | None = None) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, stride in ((channels, 2), (filters, 2), (filters, 1)):
@@ -45,6 +53,9 @@ class PixelEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten())
         with torch.no_grad():
             self.features = int(self.layers(torch.zeros(1, channels, size, size)).shape[1])
+        if width is not None:
+            self.layers.extend(_branch(self.features, width))
+            self.features = width
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``(N, features)`` of images in [0, 1]."""
@@ -54,9 +65,9 @@ class PixelEncoder(nn.Module):
 class PixelPolicy(nn.Module):
     """Of features to the mean action; :meth:`sample` draws one."""
 
-    def __init__(self, features: int, action_dim: int, width: int = 50, hidden: int = 128) -> None:
+    def __init__(self, features: int, action_dim: int, width: int | None = 50, hidden: int = 128) -> None:
         super().__init__()
-        self.body = nn.Sequential(_branch(features, width), _mlp(width, hidden, 2 * action_dim))
+        self.body = nn.Sequential(*_projected(features, width), _mlp(width or features, hidden, 2 * action_dim))
 
     def forward(self, features: Tensor) -> Tensor:
         """Mean action ``(N, A)`` in [-1, 1]."""
@@ -76,10 +87,10 @@ class PixelPolicy(nn.Module):
 
 
 class _Critic(nn.Module):
-    def __init__(self, features: int, action_dim: int, width: int, hidden: int) -> None:
+    def __init__(self, features: int, action_dim: int, width: int | None, hidden: int) -> None:
         super().__init__()
-        self.branch = _branch(features, width)
-        self.heads = nn.ModuleList([_mlp(width + action_dim, hidden, 1) for _ in range(2)])
+        self.branch = nn.Sequential(*_projected(features, width))
+        self.heads = nn.ModuleList([_mlp((width or features) + action_dim, hidden, 1) for _ in range(2)])
 
     def forward(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat([self.branch(features), action], 1)
@@ -102,6 +113,7 @@ class SACSettings:
         reward_offset: added to every reward.
         capacity: frames in the replay memory.
         aux_every: updates between two steps of the auxiliary task.
+        share: what policy, critic and auxiliary task share: the ``"convolutions"``, or the ``"features"`` that are projected from them.
     """
 
     crop: int = 24
@@ -114,6 +126,7 @@ class SACSettings:
     reward_offset: float = -0.5
     capacity: int = 20_000
     aux_every: int = 2
+    share: Literal["convolutions", "features"] = "convolutions"
 
 
 class PixelSAC:
@@ -160,13 +173,15 @@ class PixelSAC:
         self._device = torch.device(device)
         self._augment = augment
         self._crop = RandomCrop(s.crop)
-        width, hidden = 50, 128
+        choice("share", s.share, ("convolutions", "features"))
+        shared, width, hidden = (50, None, 128) if s.share == "features" else (None, 50, 128)
         with seeded(derived_seed(seed, "sac networks")):
-            self.encoder = PixelEncoder(int(shape[0]), s.crop).to(device)
+            self.encoder = PixelEncoder(int(shape[0]), s.crop, width=shared).to(device)
             self.policy = PixelPolicy(self.encoder.features, self._action_dim, width, hidden).to(device)
             self._critic = _Critic(self.encoder.features, self._action_dim, width, hidden).to(device)
-            projection = _branch(self.encoder.features, width)
-            self.aux = (InverseDynamics(width, self._action_dim, hidden, projection=projection) if aux is None else aux).to(device)
+            projection = nn.Sequential(*_projected(self.encoder.features, width))
+            task = InverseDynamics(50, self._action_dim, hidden, projection=projection) if aux is None else aux
+            self.aux = task.to(device)
         self._target_encoder, self._target = copy.deepcopy((self.encoder, self._critic))
         self._log_temperature = torch.tensor(math.log(s.temperature), device=self._device, requires_grad=True)
         adam = torch.optim.Adam
