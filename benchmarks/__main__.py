@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "sam",
     "tent",
+    "pad",
     "dimension",
     "gpm",
     "gradvac",

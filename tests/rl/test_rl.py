@@ -248,6 +248,39 @@ def test_soft_actor_critic_learns_and_repeats():
     assert not any(torch.equal(a, b) for a, b in zip(one.encoder.parameters(), one._target_encoder.parameters(), strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_soft_actor_critic_reaches_forty_of_fifty_and_its_gate_tells_looks_apart(seed):
+    from outlast.adapt import PolicyAdapter, RandomCrop
+    from outlast.rl import PixelSAC
+
+    trained = PixelSAC(PixelReach(), seed=seed).learn(5000)
+    assert np.mean(trained.evaluate(PixelReach(), 20, seed=10_000)) >= 40.0
+    adapter = PolicyAdapter(
+        trained.encoder, trained.policy, trained.aux, augment=RandomCrop(24), batch=16, warmup=2, gate="auto", lr=3e-4, buffer=64, newest=4
+    )
+    adapter.calibrate(PixelReach(), 10, seed=20_000)
+
+    def updates(shift):
+        """Share of an episode's steps that learn, over 20 episodes."""
+        env, total = PixelReach(shift=shift), 0
+        for episode in range(20):
+            adapter.reset()
+            adapter.begin_episode()
+            obs, _ = env.reset(seed=30_000 + episode)
+            over = False
+            while not over:
+                action = adapter.act(obs)
+                following, _, terminated, over, _ = env.step(action.numpy())
+                adapter.observe(obs, action, following, terminated=terminated, truncated=over)
+                obs = following
+            total += adapter.report.updates
+        return total / (20 * 50)
+
+    assert updates(None) <= 0.10
+    assert updates("color_hard") >= 0.15
+
+
 def test_the_density_of_squashed_actions():
     from outlast.rl._sac import PixelPolicy
 

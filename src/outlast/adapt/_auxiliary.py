@@ -52,11 +52,11 @@ class RandomCrop(nn.Module):
     def at(self, images: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
         """Crops of ``(N, C, H, W)`` that begin at given places."""
         h, w = self.size
-        rows = tops[:, None] + torch.arange(h, device=images.device)
-        columns = lefts[:, None] + torch.arange(w, device=images.device)
-        each = torch.arange(len(images), device=images.device)[:, None, None, None]
-        channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-        return images[each, channels, rows[:, None, :, None], columns[:, None, None, :]]
+        if images.device.type == "cpu":  # copies of slices are up to eight times as fast as indexing there
+            places = zip(images, tops.tolist(), lefts.tolist(), strict=True)
+            return torch.stack([image[:, top : top + h, left : left + w] for image, top, left in places])
+        windows = images.unfold(2, h, 1).unfold(3, w, 1)  # a view: (N, C, rows, columns, h, w)
+        return windows[torch.arange(len(images), device=images.device), :, tops, lefts]
 
     def centre(self, images: Tensor) -> Tensor:
         """The middle of ``(..., H, W)``, as a policy acts on it."""
@@ -315,7 +315,7 @@ def joint_step(
 
 def as_floats(obs: Tensor) -> Tensor:
     """Bytes in [0, 1]; floats as they are."""
-    return obs.float() / 255.0 if obs.dtype == torch.uint8 else obs
+    return obs / 255.0 if obs.dtype == torch.uint8 else obs
 
 
 def prepared(aux: AuxTask, obs: Tensor, next_obs: Tensor, augment: Any, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

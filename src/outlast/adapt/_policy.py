@@ -251,6 +251,7 @@ class PolicyAdapter(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self._names = self._chosen(params)
+        self._adapted: dict[str, nn.Parameter] | None = None  # looked up once, since a step asks for it several times
         self._guards = check_guards(guards, ("parameters", "actions"), adapter=type(self).__name__, keeps_source=True)
         self._optimizer: Optimizer | None = None
         self._counters = _Counters()
@@ -264,6 +265,7 @@ class PolicyAdapter(nn.Module):
         self._source = [parameter.detach().clone() for parameter in self.adapted.values()]
         self._pending: Future[Found] | None = None  # the gradient that a worker is computing
         self._worker: TaskLoss | None = None
+        self._memory: list[tuple[Tensor, Tensor]] = []  # middle crops and their features at the present weights
         self._settings, self._per_env = settings, bool(per_env)
         self._copies: Copies | None = None
 
@@ -309,7 +311,11 @@ class PolicyAdapter(nn.Module):
         """
         self._settle(wait=False)
         x, single = self._observation(obs)
-        action = self._copies_of(len(x)).act(x) if self._per_env else self._policy_of(x)
+        if self._per_env:
+            action = self._copies_of(len(x)).act(x)
+        else:
+            # A gate has looked at this observation as the last transition's second one, and will as the next one's first.
+            action = self._policy_of(x, self.encoder if self._threshold is None else self._encoded)
         return action[0] if single else action
 
     def observe(
@@ -464,6 +470,7 @@ class PolicyAdapter(nn.Module):
         finally:
             with torch.no_grad():
                 _foreach.copy_(list(self.adapted.values()), now)
+            self._memory = []
         if not losses:
             raise ValueError("no transition was left after the warm-up: run longer episodes")
         if self.aux.baseline(torch.cat(actions)) <= float(np.mean(losses)):
@@ -528,8 +535,10 @@ class PolicyAdapter(nn.Module):
     @property
     def adapted(self) -> dict[str, nn.Parameter]:
         """The adapted parameters by name."""
-        own = dict(self.named_parameters(remove_duplicate=False))
-        return {name: own[name] for name in self._names}
+        if self._adapted is None:
+            own = dict(self.named_parameters(remove_duplicate=False))
+            self._adapted = {name: own[name] for name in self._names}
+        return self._adapted
 
     @property
     def source_values(self) -> Mapping[str, Tensor]:
@@ -672,8 +681,17 @@ class PolicyAdapter(nn.Module):
     def _middle(self, x: Tensor) -> Tensor:
         return as_floats(self._augment.centre(x) if isinstance(self._augment, RandomCrop) else x)
 
-    def _policy_of(self, x: Tensor) -> Tensor:
-        out = self.policy(self.encoder(self._middle(x)))
+    def _encoded(self, images: Tensor) -> Tensor:
+        """The encoder's features of middle crops, remembered for two observations until the weights change."""
+        for known, features in self._memory:
+            if torch.equal(known, images):
+                return features
+        features = self.encoder(images)
+        self._memory = [*self._memory[-1:], (images, features)]
+        return features
+
+    def _policy_of(self, x: Tensor, encoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        out = self.policy((self.encoder if encoder is None else encoder)(self._middle(x)))
         return out if self._act_fn is None else self._act_fn(out)
 
     def _check_action(self, action: Tensor, n: int) -> None:
@@ -718,8 +736,15 @@ class PolicyAdapter(nn.Module):
     def _watched(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> float:
         """The loss on middle crops, without a gradient and without the generator's next draws."""
         with torch.no_grad():
-            own = torch.Generator().manual_seed(0)
-            return float(loss_of(self.aux, self.encoder, self._middle(obs), action, self._middle(next_obs), own))
+            own, n = torch.Generator().manual_seed(0), len(obs)
+            before, after = self._middle(obs), self._middle(next_obs)
+
+            def encoder(images: Tensor) -> Tensor:
+                if len(images) != 2 * n:  # a task that does not look at the pair, such as one that turns images
+                    return self.encoder(images)
+                return torch.cat([self._encoded(part) for part in images.split(n)])
+
+            return float(loss_of(self.aux, encoder, before, action, after, own))
 
     def _shut(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> bool:
         if self._threshold is None:
@@ -801,6 +826,7 @@ class PolicyAdapter(nn.Module):
             counters.skipped += 1
             self.note("loss is not finite")
             return None
+        self._memory = []
         optimizer = self._ready_optimizer(parameters)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
@@ -830,13 +856,19 @@ class PolicyAdapter(nn.Module):
 
     def _ready_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self._optimizer is None:
-            self._optimizer = torch.optim.Adam(parameters, lr=self._lr) if self._factory is None else self._factory(parameters)
+            self._optimizer = self._adam(parameters) if self._factory is None else self._factory(parameters)
         return self._optimizer
+
+    def _adam(self, parameters: list[nn.Parameter]) -> Optimizer:
+        # For weights as small as these the usual Adam is mostly Python; the fused one is a single kernel.
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        return torch.optim.Adam(parameters, lr=self._lr, fused=fused)
 
     @torch.no_grad()
     def _to_source(self) -> None:
         _foreach.copy_(list(self.adapted.values()), self._source)
         self._optimizer = None
+        self._memory = []
 
     # ---- state ----------------------------------------------------------------------------------------------------------------------
 
@@ -891,6 +923,7 @@ class PolicyAdapter(nn.Module):
         self._last_obs = None if state["last"] is None else state["last"].to(device, copy=True)
         self._degenerate = bool(state["degenerate"])
         self._pending = self._worker = self._copies = None
+        self._memory = []
         if state["copies"] and not self._per_env:
             raise ValueError("the state has one copy for each environment: make the adapter with per_env=True")
         if state["copies"]:
@@ -905,6 +938,7 @@ class PolicyAdapter(nn.Module):
         """
         if strict and any(True for _ in self.aux.parameters()) and not any(name.startswith("aux.") for name in state_dict):
             raise ValueError("the state has no auxiliary head: PAD needs one that was trained jointly with the policy (joint_step)")
+        self._adapted = None  # with ``assign`` the parameters are others afterwards
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def train(self, mode: bool = True) -> PolicyAdapter:

@@ -13,6 +13,7 @@ from outlast.studies._design import Study
 _STUDIES = {
     "sam": "outlast.studies.sam:STUDY",
     "tent": "outlast.studies.tent:STUDY",
+    "pad": "outlast.studies.pad:STUDY",
     "intrinsic-dimension": "outlast.studies.intrinsic_dimension:STUDY",
     "gpm": "outlast.studies.gpm:STUDY",
     "gradvac": "outlast.studies.gradvac:STUDY",
