@@ -62,6 +62,7 @@ class Context:
             while len(_SHARED) >= _SHARED_LIMIT:
                 del _SHARED[next(iter(_SHARED))]
             _SHARED[full] = build()
+        _SHARED[full] = _SHARED.pop(full)  # the one used last goes last
         return _SHARED[full]
 
     def initialise(self, build: Callable[[], nn.Module]) -> nn.Module:

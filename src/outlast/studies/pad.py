@@ -48,45 +48,34 @@ def cell(config: Deployment, seed: int, context: Context) -> Outcome:
 
     key = ("pad policy", config.training, config.share, config.learner, config.train_steps)
     parts = context.shared(key, lambda: _trained(config, seed, context))
-    env = PixelReach(shift=config.shift, steps=config.steps)
-    frozen, adapted = _adapter(config, parts, seed, frozen=True), _adapter(config, parts, seed, frozen=config.method == "frozen")
+    before = context.shared(
+        (*key, config.shift, config.steps, config.episodes), lambda: _episodes(_frozen(parts), config, seed, learns=False)
+    )
+    adapted = _frozen(parts) if config.method == "frozen" else _adapter(config, parts, seed)
     if config.method in ("gate", "first"):
         with warnings.catch_warnings():
             # A policy that rests at its goal acts so evenly that a constant predicts it well: no sign of an untrained head here.
             warnings.filterwarnings("ignore", "the auxiliary head", OutlastWarning)
             adapted.calibrate(PixelReach(steps=config.steps), 5, seed=_episode_seed(seed, -5))
-    rewards: dict[str, list[float]] = {"frozen": [], "adapted": []}
-    actions: dict[str, list[float]] = {}
-    losses: list[tuple[float, float]] = []
-    updates = departure = 0.0
-    for episode in range(config.episodes):
-        for name, agent in (("frozen", frozen), ("adapted", adapted)):
-            found = _play(agent, env, _episode_seed(seed, episode), learns=name == "adapted" and config.method != "frozen")
-            rewards[name].append(found.reward)
-            if episode == 0:
-                actions[name] = found.actions
-            if name == "adapted":
-                updates += found.updates / (config.episodes * config.steps)
-                departure += found.departure / config.episodes
-                losses += [] if found.losses is None else [found.losses]
-        context.report(episode + 1, config.episodes, rewards["adapted"][-1])
-    before, after = (np.array(rewards[name]) for name in ("frozen", "adapted"))
-    gap = after - before
-    thirds = np.array_split(np.argsort(before, kind="stable"), 3)
+    played = before if config.method == "frozen" else _episodes(adapted, config, seed, learns=True, report=context.report)
+    losses = [each.losses for each in played if each.losses is not None]
+    rewards, kept = (np.array([each.reward for each in run]) for run in (played, before))
+    gap = rewards - kept
+    thirds = np.array_split(np.argsort(kept, kind="stable"), 3)
     begin, end = np.mean(losses, 0).tolist() if losses else (0.0, 0.0)
     return Outcome(
         {
-            "reward": float(after.mean()),
-            "frozen": float(before.mean()),
+            "reward": float(rewards.mean()),
+            "frozen": float(kept.mean()),
             "gain": float(gap.mean()),
             "error": float(gap.std(ddof=1) / len(gap) ** 0.5),
             **{name: float(gap[third].mean()) for name, third in zip(("worst", "middle", "best"), thirds, strict=True)},
-            "updates": 100.0 * updates,
+            "updates": 100.0 * sum(each.updates for each in played) / (config.episodes * config.steps),
             "loss_begin": begin,
             "loss_end": end,
-            "departure": departure,
+            "departure": sum(each.departure for each in played) / config.episodes,
         },
-        {"frozen actions": actions["frozen"], "adapted actions": actions["adapted"], "gains": gap.tolist(), "rewards": before.tolist()},
+        {"frozen actions": before[0].actions, "adapted actions": played[0].actions, "gains": gap.tolist(), "rewards": kept.tolist()},
     )
 
 
@@ -100,6 +89,20 @@ class _Played:
 
     def __init__(self, reward: float, actions: list[float], updates: float, departure: float, losses: tuple[float, float] | None) -> None:
         self.reward, self.actions, self.updates, self.departure, self.losses = reward, actions, updates, departure, losses
+
+
+def _episodes(
+    agent: PolicyAdapter, config: Deployment, seed: int, *, learns: bool, report: Callable[[int, int, float], None] | None = None
+) -> list[_Played]:
+    """The test's episodes, the same for every method."""
+    from outlast.rl import PixelReach
+
+    env, played = PixelReach(shift=config.shift, steps=config.steps), []
+    for episode in range(config.episodes):
+        played.append(_play(agent, env, _episode_seed(seed, episode), learns=learns))
+        if report is not None:
+            report(episode + 1, config.episodes, played[-1].reward)
+    return played
 
 
 def _play(agent: PolicyAdapter, env: Any, seed: int, *, learns: bool) -> _Played:
@@ -124,13 +127,17 @@ def _play(agent: PolicyAdapter, env: Any, seed: int, *, learns: bool) -> _Played
     return _Played(total / steps, actions, float(report.updates), report.departure if learns else 0.0, ends)
 
 
-def _adapter(config: Deployment, parts: tuple[Any, Any, Any], seed: int, *, frozen: bool) -> PolicyAdapter:
+def _frozen(parts: tuple[Any, Any, Any]) -> PolicyAdapter:
+    from outlast.adapt import PolicyAdapter, RandomCrop
+
+    return PolicyAdapter(*parts, lr=0.0, augment=RandomCrop(24))
+
+
+def _adapter(config: Deployment, parts: tuple[Any, Any, Any], seed: int) -> PolicyAdapter:
     from outlast._core._random import generator
     from outlast.adapt import PolicyAdapter, RandomCrop
 
     shared: dict[str, Any] = {"augment": RandomCrop(24), "batch": config.batch, "warmup": 2, "generator": generator(seed, "adaptation")}
-    if frozen:
-        return PolicyAdapter(*parts, lr=0.0, **shared)
     if config.method == "paper":
         return PolicyAdapter.paper(*parts, **shared)
     settings: dict[str, dict[str, Any]] = {
@@ -316,8 +323,8 @@ _SETTINGS = {
     "distract": Setting("distract", "three moving discs", {"shift": "distract"}),
     "texture": Setting("texture", "a sine pattern behind", {"shift": "texture"}),
 }
-_EVERYWHERE = ("frozen", "paper", "default")
-_WHERE_IT_MATTERS = (*_EVERYWHERE, "buffer", "gate", "encoder", "jitter", "convolution")
+_EVERYWHERE = ("paper", "default")
+_WHERE_IT_MATTERS = ("frozen", *_EVERYWHERE, "buffer", "gate", "encoder", "jitter", "convolution")
 
 
 def _with(name: str, arms: tuple[str, ...]) -> Setting:
@@ -385,10 +392,10 @@ _DEPLOYMENT = Part(
             minutes=1,
         ),
         "standard": Scale(
-            arms=_EVERYWHERE,
+            arms=_WHERE_IT_MATTERS,
             settings=(
                 _with("color-hard", _WHERE_IT_MATTERS),
-                _with("train", ("frozen", "paper", "default", "buffer", "gate", "encoder")),
+                _with("train", ("paper", "default", "buffer", "gate")),
                 _with("color-easy", _EVERYWHERE),
                 _with("distract", _EVERYWHERE),
                 _with("texture", _EVERYWHERE),
