@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,11 +21,6 @@ NOTHING_SEEN = -1e30  # stands for -inf, whose differences would be NaN
 _CLOSED = -1e4  # log of a gate of 0: likewise
 
 Plan = list[tuple[int, int]]  # starts and ends of chunks
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Keeps autocast away from features, sums and states."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 class Call:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outlast.attention._chunks import Call, full_precision
+from outlast._core._precision import full_precision
+from outlast.attention._chunks import Call
 from outlast.attention._forward import Run, divide, inverse
 from outlast.errors import OutlastWarning
 

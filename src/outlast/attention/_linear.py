@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from outlast._core._precision import full_precision
 from outlast.attention._backward import backward
-from outlast.attention._chunks import Call, full_precision
+from outlast.attention._chunks import Call
 from outlast.attention._forward import Run, forward
 from outlast.attention._kernels import agrees, applies, find_kernel, run_kernel
 from outlast.attention._maps import MAPS

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outlast._core._checks import choice, integer, real
+from outlast._core._precision import full_precision
 from outlast._core._random import generator as derived_generator
 from outlast._core._result import Result
 from outlast._core._typing import Float
 from outlast.attention._arguments import checked, checked_state
-from outlast.attention._chunks import NOTHING_SEEN, full_precision
+from outlast.attention._chunks import NOTHING_SEEN
 from outlast.attention._forward import Run
 from outlast.attention._linear import linear_attention
 from outlast.attention._maps import MAPS

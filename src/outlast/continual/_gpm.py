@@ -23,11 +23,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from outlast._core import _checks, _distributed, _foreach
-from outlast._core._batches import call_with, rows_of, some_rows
+from outlast._core._batches import call_with, device_of, rows_of, some_rows
 from outlast._core._calls import eager
 from outlast._core._distributed import gathered, part_of, unwrapped
 from outlast._core._foreach import is_sharded, local, whole
 from outlast._core._norm import eval_mode
+from outlast._core._precision import full_precision
 from outlast.continual._basis import Rows
 from outlast.continual._collector import collecting
 from outlast.continual._layers import Layers, Pattern
@@ -299,16 +300,18 @@ class GradientProjectionMemory:
         """Restore all anchors and held parameters now, with the least change of the weights."""
         if not self._keys:
             return
-        for site in self._sites.values():
-            site.project_()
-        for adapter in self._adapters.values():
-            adapter.project_()
+        with full_precision(device_of(self._model)):
+            for site in self._sites.values():
+                site.project_()
+            for adapter in self._adapters.values():
+                adapter.project_()
         self._restore_held()
 
     def project_gradients_(self) -> None:
         """Take what would change protected outputs out of all ``.grad`` (the paper's equations 6 and 7)."""
-        for site in self._sites.values():
-            site.project_grad_()
+        with full_precision(device_of(self._model)):
+            for site in self._sites.values():
+                site.project_grad_()
 
     @torch.no_grad()
     def _restore_held(self) -> None:
@@ -369,7 +372,8 @@ class GradientProjectionMemory:
         if not self._layers.sites:
             raise ValueError("no constrained layer: nothing that the model ran is a linear map of its own parameters")
         self._check_others()
-        reports = self._commit(seen, len(self._keys))
+        with full_precision(device_of(self._model)):  # bases and anchors keep their width, wherever this is called
+            reports = self._commit(seen, len(self._keys))
         self._keys.append(key)
         self._end_of_task(key)
         return ConsolidationReport(key, tuple(reports), self.capacity, time.perf_counter() - start)
@@ -786,7 +790,8 @@ class _Taker:
 
     def rows(self, site: LinearSite, rows: Tensor, groups: slice) -> None:
         self._seen.samples += self._count
-        self._memory._rows_for(self._seen, site).add(rows, groups)
+        with full_precision(rows.device):
+            self._memory._rows_for(self._seen, site).add(rows, groups)
 
     def tokens(self, site: EmbeddingSite, tokens: Tensor) -> None:
         self._seen.samples += self._count
@@ -803,7 +808,8 @@ class _Meter:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def rows(self, site: LinearSite, rows: Tensor, groups: slice) -> None:
-        self._add(site.name, site.interference(rows, groups))
+        with full_precision(rows.device):
+            self._add(site.name, site.interference(rows, groups))
 
     def tokens(self, site: EmbeddingSite, tokens: Tensor) -> None:
         self._add(site.name, site.interference(tokens))

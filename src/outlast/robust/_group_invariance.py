@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
+from torch.utils.hooks import RemovableHandle
 
 from outlast._core import _checks
 from outlast._core._batches import call_with, device_of
@@ -111,6 +112,7 @@ class GroupInvariance:
         self.min_per_group = _checks.integer("min_per_group", min_per_group, low=1)
         self.groups: Tensor | None = None
         self.steps = 0
+        self._hook: RemovableHandle | None = None
 
     def __repr__(self) -> str:
         known = "no groups yet" if self.groups is None else f"{len(self.groups)} examples with groups, step {self.steps}"
@@ -169,8 +171,29 @@ class GroupInvariance:
         self.groups = values.detach().cpu().long().clone()
         self.steps = 0
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Let the ramp count this optimizer's steps instead of calls of :meth:`loss`.
+
+        Needed where a step calls the loss more than once: gradient accumulation, or SAM, both of whose passes then weigh the penalty alike.
+
+        Args:
+            optimizer: the one that trains the model.
+
+        Returns:
+            A handle; ``remove()`` goes back to counting calls.
+        """
+
+        def count(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+            self.steps += self.groups is not None
+
+        self._hook = optimizer.register_step_post_hook(count)
+        return self._hook
+
+    def _counts_steps(self) -> bool:
+        return self._hook is not None and self._hook.id in (self._hook.hooks_dict_ref() or {})
+
     def loss(self, inputs: Any, labels: Tensor, index: Tensor) -> InvarianceLoss:
-        """The loss of a batch; with gradients enabled it counts as a step of the ramp.
+        """The loss of a batch; with gradients enabled it counts as a step of the ramp, unless :meth:`attach` counts steps.
 
         Args:
             inputs: what the model takes.
@@ -200,7 +223,7 @@ class GroupInvariance:
             state.update({name: value.clone() for name, value in self.head.named_buffers()})  # statistics see one pass a step
             judged = logits_of(torch.func.functional_call(self.head, state, (features_of(seen, self._head_given),)))
         penalty = invariance_penalty(judged, labels, groups, divergence=self.divergence, min_per_group=self.min_per_group)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._counts_steps():
             self.steps += 1
         total = entropy + weight * penalty if weight else entropy
         return InvarianceLoss(total, entropy.detach(), penalty.detach(), weight, logits.detach())

@@ -6,7 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outlast._core._checks import choice
+from outlast._core._precision import full_precision
 from outlast.errors import OutlastWarning, UnsupportedError
 
 PaddingMode = Literal["zeros", "symmetric", "reflect", "replicate", "circular"]
@@ -272,8 +273,7 @@ class _Partial:
         wide = torch.float64 if found.dtype == torch.float64 else torch.float32
         sizes = tuple(int(size) for size in input.shape[-rank:])
         count = _kept_ratio if _is_plain(found) else ratio
-        device = found.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with full_precision(found.device):
             factor = count(sizes, tuple(self.kernel_size), tuple(self.stride), tuple(self.dilation), amounts, found.device, wide)[0, 0]
         found = (found * factor).to(found.dtype)
         return found if bias is None else found + bias.to(found.dtype).view(-1, *[1] * rank)

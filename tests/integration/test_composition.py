@@ -1,0 +1,95 @@
+"""Methods together, as docs/composition.md promises: mixed precision, accumulation, two processes, resumption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compositions import ALL, APART, NO_PARTS, STEPS, WithMemory, in_two
+from helpers import in_processes, same
+
+KINDS = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+
+
+def plain(model):
+    return model
+
+
+def farthest(a, b):
+    return float((a.float() - b.float()).abs().max())
+
+
+def assert_close(left, right, tolerance):
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=tolerance)
+
+
+@KINDS
+def test_training_repeats_and_learns(kind):
+    made = kind(plain)
+    start = [p.detach().clone() for p in made.model.parameters()]
+    first = made.run(range(STEPS))
+    assert same(first, kind(plain).run(range(STEPS)))
+    assert all(not torch.equal(a, b) for a, b in zip(start, made.model.parameters(), strict=True))
+
+
+@KINDS
+def test_resumption_is_bit_for_bit(kind, tmp_path):
+    for cut in (2, 4):  # within the first task and within the second
+        whole, half = kind(plain), kind(plain)
+        expected = whole.run(range(STEPS))
+        half.run(range(cut))
+        torch.save(half.state(), tmp_path / "state.pt")
+        resumed = kind(plain)
+        resumed.load(torch.load(tmp_path / "state.pt", weights_only=False))
+        assert same(expected, resumed.run(range(cut, STEPS)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in NO_PARTS], ids=lambda kind: kind.__name__)
+def test_accumulated_pieces_are_the_whole_batch(kind):
+    assert_close(kind(plain).run(range(STEPS), parts=2), kind(plain).run(range(STEPS)), 2e-5)
+
+
+@KINDS
+def test_bf16_autocast_trains_near_float32(kind):
+    exact = kind(plain).run(range(STEPS))
+    start = list(kind(plain).model.state_dict().values())
+    made = kind(plain)
+    made.bf16 = True
+    mixed = made.run(range(STEPS))
+    way = torch.cat([(a.double() - b.double()).flatten() for a, b in zip(exact, start, strict=True)])
+    apart = torch.cat([(a.double() - b.double()).flatten() for a, b in zip(exact, mixed, strict=True)])
+    assert 0.0 < float(apart.norm()) < 0.25 * float(way.norm())
+    assert all(value.dtype == torch.float32 for value in made.model.parameters())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_train_as_one(tmp_path):
+    alone = in_two(0, 1)
+    first, second = in_processes(in_two, tmp_path)
+    for name, expected in alone.items():
+        assert same(first[name], second[name]), name
+        assert name in {kind.__name__ for kind in APART} or max(map(farthest, first[name], expected)) < 5e-5, name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL if issubclass(kind, WithMemory)], ids=lambda kind: kind.__name__)
+def test_the_memory_holds_what_the_first_task_used(kind):
+    """Layers give the old inputs what they gave, whatever makes the steps."""
+    free, held = kind(plain), kind(plain)
+    old = held.batch(50)
+    for made in (free, held):
+        made.run(range(STEPS // 2 - 1))
+        made.step(STEPS // 2 - 1, 1, lambda x: x)
+        if made is held:
+            made.memory.consolidate([old], max_samples=None)
+        first = next(m for m in made.model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+        seen = []
+        hook = first.register_forward_hook(lambda _m, inputs, out, seen=seen: seen.append((inputs[0].detach(), out.detach())))
+        made.model(old[0])
+        for number in range(STEPS // 2, STEPS):
+            made.step(number, 1, lambda x: x)
+        made.model(old[0])
+        hook.remove()
+        made.moved = float((seen[-1][1] - seen[0][1]).norm())
+    assert held.memory.ranks
+    assert free.moved > 0.1
+    assert held.moved < 0.01 * free.moved
