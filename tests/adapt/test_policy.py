@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import threading
 
 import numpy as np
@@ -372,8 +373,20 @@ def test_constant_actions_are_skipped():
 # ---- gate, guards, budget -----------------------------------------------------------------------------------------------------------
 
 
+class Square:
+    """Actions in [-1, 1]."""
+
+    def seed(self, seed):
+        self.draws = np.random.default_rng(seed)
+
+    def sample(self):
+        return self.draws.uniform(-1.0, 1.0, A).astype(np.float32)
+
+
 class Dots:
     """A tiny environment: a bright pixel moves as the action says."""
+
+    action_space = Square()
 
     def __init__(self, shift=0):
         self.shift = shift
@@ -485,7 +498,7 @@ def test_bad_numbers_are_skipped_and_counted():
 
     broken = PolicyAdapter(*parts()[:2], Bad(8, A, hidden=16), augment=RandomCrop(CROP))
     assert run(broken, stream(2)) == [None, None]
-    assert {kind for _, kind in broken.report.events} == {"loss is not finite"}
+    assert {kind for _, kind in broken.report.events} == {"nonfinite"}
     assert all(torch.equal(a, b) for a, b in zip(before, made.adapted.values(), strict=True))
 
 
@@ -637,6 +650,293 @@ def test_a_policy_without_a_head_is_no_state():
         made.load_state_dict(state)
 
 
+# ---- traps that users fall into ----------------------------------------------------------------------------------------------------
+
+
+def frozen_action(made, obs):
+    with torch.no_grad():
+        return made.policy(made.encoder(obs[None, :, 1:9, 1:9].float() / 255.0))[0]
+
+
+def test_a_nan_gradient_of_a_finite_loss_changes_nothing():
+    class Steep(InverseDynamics):
+        def loss(self, *args):
+            return super().loss(*args) + 0.0 * self.head[0].weight.sum().sub(self.head[0].weight.sum()).sqrt()
+
+    encoder, policy, _ = parts()
+    for settings in ({}, {"per_env": True}):
+        made = PolicyAdapter(encoder, policy, Steep(8, A, hidden=16), augment=RandomCrop(CROP), lr=0.1, **settings)
+        obs, action, following = (x[None] for x in stream(1)[0])
+        before = made.act(obs)
+        assert made.observe(obs, action, following) is None
+        assert torch.equal(made.act(obs), before)
+        assert made.report.skipped == 1
+        assert made.report.events[0][1].endswith("nonfinite")
+        if not settings:
+            assert made.observe_async(obs, action, following)
+            assert made.finish() is None
+            assert torch.equal(made.act(obs), before)
+
+
+def test_a_gate_on_rotation_looks_at_all_turns():
+    """A head that always says "not turned" is right once in four times, whatever a gate draws."""
+    encoder, policy, _ = parts()
+    task = RotationPrediction(8, hidden=4)
+    task.head = Constant(torch.tensor([50.0, 0.0, 0.0, 0.0]))
+    made = PolicyAdapter(encoder, policy, task, augment=RandomCrop(CROP), gate=40.0)
+    transition = stream(1)[0]
+    assert made.loss(*transition) == pytest.approx(0.75 * 50.0)
+    assert made.observe(*transition) is None
+    assert made.report.gate_loss == pytest.approx(0.75 * 50.0)
+    still = PolicyAdapter(encoder, policy, RotationPrediction(8, hidden=4), augment=RandomCrop(CROP))
+    run(still, stream(15, actions=torch.zeros(15, A)))
+    assert still.report.updates == 15  # the task does not read the action
+
+
+def test_discrete_and_saturated_policies_are_taken():
+    encoder, _, _ = parts()
+    task = InverseDynamics(8, 4, hidden=4, discrete=True)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        made = PolicyAdapter(encoder, nn.Linear(8, 4), task, augment=RandomCrop(CROP), act_fn=lambda out: out.argmax(1), lr=0.0)
+        assert made.act(stream(1)[0][0]).dtype == torch.int64
+        made.observe(stream(1)[0][0], torch.tensor(1), stream(1)[0][2])
+        assert made.departure() == 0.0
+    saturated = nn.Sequential(nn.Linear(8, A), nn.Tanh())
+    with torch.no_grad():
+        saturated[0].bias += 20.0
+    PolicyAdapter(encoder, saturated, parts()[2], augment=RandomCrop(CROP)).act(stream(1)[0][0])
+    dark = nn.Sequential(nn.Conv2d(C, 4, 3, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(36, 8, bias=False))
+    PolicyAdapter(dark, nn.Linear(8, A), parts()[2], augment=RandomCrop(CROP)).act(torch.zeros(C, SIDE, SIDE, dtype=torch.uint8))
+
+    class Deaf(nn.Module):
+        def forward(self, features):
+            return torch.zeros(len(features), A)
+
+    with pytest.raises(ValueError, match="does not change the action"):
+        PolicyAdapter(encoder, Deaf(), task, augment=RandomCrop(CROP)).act(torch.full((C, SIDE, SIDE), math.nan))
+
+
+def test_remembered_features_follow_the_callers_array_and_survive_a_policy_in_place():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(8, A)
+
+        def forward(self, features):
+            return self.out(features.mul_(2.0))
+
+    made = adapter(gate=1e9)
+    buffer, other = (x.float() / 255.0 for x in (stream(2)[0][0], stream(2)[1][0]))
+    fresh = adapter().act(other)
+    made.act(buffer)
+    buffer.copy_(other)
+    assert torch.equal(made.act(buffer), fresh)
+    encoder, _, task = parts()
+    changing = PolicyAdapter(encoder, InPlace(), task, augment=RandomCrop(CROP), gate=1e9)
+    assert torch.equal(changing.act(other), changing.act(other))
+
+
+def test_copies_of_an_adapter_go_on_adapting():
+    for settings in ({}, {"per_env": True}):
+        made = adapter(lr=1e-2, **settings)
+        transitions = columns(6, 2) if settings else stream(6)
+        made.act(transitions[0][0])
+        if not settings:
+            made.observe_async(*transitions[0])
+        for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            before = again.act(transitions[0][0])
+            run(again, transitions[1:])
+            assert not torch.equal(again.act(transitions[0][0]), before)
+        run(made, transitions[1:])
+        assert torch.equal(made.act(transitions[0][0]), again.act(transitions[0][0]))
+
+
+def test_wide_adapters_move_with_their_source():
+    for settings in ({}, {"per_env": True}):
+        made = adapter(lr=1e-2, buffer=4, **settings)
+        transitions = columns(4, 2) if settings else stream(4)
+        run(made, transitions[:2])
+        made.double()
+        run(made, transitions[2:])
+        assert made.report.updates == (8 if settings else 4)
+        assert made.act(transitions[0][0]).dtype == torch.float64
+        made.begin_episode()
+        assert made.report.drift == pytest.approx(0.0, abs=1e-12)
+
+
+def test_guards_end_a_transitions_steps():
+    for settings in ({}, {"per_env": True}):
+        made = adapter(lr=1e-2, steps=3, guards=[ActionWatch(1e-9, "freeze", every=2)], **settings)
+        transition = columns(1, 1)[0] if settings else stream(1)[0]
+        made.observe(*transition)
+        assert made.report.updates == 2
+        assert made.report.drift == 0.0
+        assert made.report.events[-1][1].endswith("frozen")
+
+
+def test_what_users_call_reaches_the_copies_and_waits_for_the_worker():
+    made = adapter(lr=1e-2, per_env=True)
+    transitions = columns(3, 2)
+    made.observe(*transitions[0])
+    assert made.last_loss > 0.0
+    made.restore("by hand")
+    assert made.report.drift == 0.0
+    made.freeze()
+    assert made.observe(*transitions[1]) is None
+    single_one = adapter(lr=0.1)
+    single_one.observe_async(*stream(1)[0])
+    single_one.restore("by hand")
+    single_one.freeze()
+    assert single_one.finish() is None
+    assert single_one.report.drift == 0.0
+
+
+def test_calibration_changes_nothing_else():
+    made = adapter(lr=1e-2)
+    run(made, stream(3))
+    expected = copy.deepcopy(made)
+    with pytest.warns(OutlastWarning, match="no better than a constant"):
+        assert made.calibrate(Dots(), 2) > 0.0
+    assert made.report.threshold is None  # no gate was asked for
+    more = stream(3, seed=5)
+    assert run(made, more) == run(expected, more)
+    gated = adapter(gate="auto")
+    with pytest.warns(OutlastWarning):
+        gated.calibrate(Dots(), 1)
+    plain = adapter(gate=0.7)
+    plain.load_state_dict(gated.state_dict())
+    assert plain.report.threshold == 0.7
+
+
+def test_more_environments_than_copies_take_turns():
+    losses = []
+    for change in (False, True):
+        made = adapter(batch=2, lr=0.0)
+        for obs, action, following in columns(3, 5):
+            action = action.clone()
+            if change:
+                action[4] = -action[4]
+            losses.append(made.observe(obs, action, following))
+    assert losses[:2] == losses[3:5]  # environments 0, 1 and 2, 3
+    assert losses[2] != losses[5]  # 4, 0
+
+
+def test_episodes_begin_alike():
+    made = adapter(lr=1e-2, gate=1e-9, guards=[ActionWatch(1e-9, "reset", every=2)])
+    runs = []
+    for _ in range(2):
+        made.begin_episode()
+        assert math.isnan(made.report.gate_loss)
+        made._generator.manual_seed(3)
+        runs.append((run(made, stream(3)), made.report.resets))
+    assert runs[0][0] == runs[1][0]
+    assert [resets for _, resets in runs] == [1, 2]
+    still = torch.zeros(12, A)
+    for _ in range(2):
+        made.begin_episode()
+        run(made, stream(12, actions=still))
+    assert [kind for _, kind in made.report.events].count("degenerate") == 2
+
+
+def test_each_environment_must_vary():
+    made = adapter()
+    for obs, _, following in columns(14, 2):
+        made.observe(obs, torch.tensor([[0.5, 0.5], [-0.5, -0.5]]), following)
+    assert made.report.updates == 9
+
+
+def test_weights_loaded_alone_are_the_new_source():
+    other = parts(seed=3)
+    for load in (
+        lambda made: made.encoder.load_state_dict(other[0].state_dict()),
+        lambda made: made.load_state_dict({f"encoder.{k}": v for k, v in other[0].state_dict().items()}, strict=False),
+        lambda made: made.load_state_dict({**made.state_dict(), "x": 0}, strict=False, assign=True),
+    ):
+        made = adapter(lr=1e-2, gate=1e-9)
+        transitions = stream(3)
+        run(made, transitions)
+        load(made)
+        loaded = made.act(transitions[0][0])
+        assert made.observe(*transitions[0]) is not None
+        assert not torch.equal(made.act(transitions[0][0]), loaded)
+    made = adapter(lr=1e-2)
+    made.encoder.load_state_dict(other[0].state_dict())
+    loaded = made.act(transitions[0][0])
+    run(made, transitions)
+    made.begin_episode()
+    assert torch.equal(made.act(transitions[0][0]), loaded)
+
+
+def test_the_time_of_an_update_is_not_the_time_until_it_is_asked_for():
+    made = adapter(max_ms=1e-9)
+    assert made.observe_async(*stream(1)[0])
+    threading.Event().wait(0.3)
+    assert made.finish() is not None
+    spent = made.report.milliseconds
+    assert spent < 250.0
+    done = run(made, stream(25))
+    assert made.report.updates == 2  # one is tried again after twenty
+    assert done[19] is not None
+
+
+def test_other_observations():
+    for obs, kind, message in (
+        (np.zeros((C, SIDE, SIDE), np.int64), TypeError, "bytes"),
+        (np.full((C, SIDE, SIDE), 200.0, np.float32), ValueError, "as uint8"),
+        (np.zeros((0, C, SIDE, SIDE), np.uint8), ValueError, "images"),
+    ):
+        with pytest.raises(kind, match=message):
+            adapter().act(obs)
+    made, wide = adapter(), adapter()
+    for obs, action, following in stream(2):
+        x, y = obs.float() / 255.0, following.float() / 255.0
+        assert made.observe(x, action, y) == pytest.approx(wide.observe(x.double().numpy(), action, y.double().numpy()), rel=1e-6)
+    bad = torch.full((C, SIDE, SIDE), math.nan)
+    assert made.observe(bad, made.act(bad), y) is None  # the policy answered with NaN to NaN
+    assert not math.isnan(made.departure())
+    inside = adapter()
+    with torch.inference_mode():
+        x = stream(1)[0][0] + 0
+        assert inside.observe(x, inside.act(x), x) is not None
+        inside.begin_episode()
+
+
+def test_episode_bookkeeping_counts_once():
+    made = adapter(per_env=True)
+    (obs, action, following), *_ = columns(1, 2)
+    made.observe(obs, action, following, terminated=[False, True])
+    with pytest.raises(StateError, match="boundary"):
+        made.observe(obs, action, following)
+    assert [each.seen for each in made.reports] == [1, 1]
+    shared = adapter()
+    shared.observe(obs, action, following)
+    with pytest.raises(ValueError, match="begin_episode"):
+        shared.observe(obs[:1], action[:1], following[:1])
+    for mask in ([], [True] * 7):
+        with pytest.raises(ValueError, match="one entry"):
+            shared.begin_episode(mask)
+
+
+def test_unused_weights_of_copies_do_not_decay():
+    _, policy, task = parts()
+
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.spare = parts()[0], nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.body(x)
+
+    made = PolicyAdapter(
+        Spare(), policy, task, per_env=True, augment=RandomCrop(CROP), optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5)
+    )
+    run(made, columns(2, 2))
+    assert made.report.updates == 4
+    assert torch.equal(made._copies.all[0].encoder.spare, torch.ones(2))
+
+
 # ---- bad input ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -645,7 +945,12 @@ def test_settings_are_checked():
         ({"batch": 0}, ValueError, "batch"),
         ({"lr": -1.0}, ValueError, "lr"),
         ({"buffer": -1}, ValueError, "buffer"),
-        ({"newest": 9}, ValueError, "newest must be at most"),
+        ({"newest": 9, "buffer": 9}, ValueError, "newest must be at most"),
+        ({"newest": 2}, ValueError, "give buffer"),
+        ({"augment": 5}, TypeError, "augment must be a function"),
+        ({"act_fn": 5}, TypeError, "act_fn must be a function"),
+        ({"generator": 5}, TypeError, r"torch\.Generator"),
+        ({"guards": DriftLimit(0.1)}, TypeError, "sequence"),
         ({"gate": 0.0}, ValueError, "gate"),
         ({"steps": 0}, ValueError, "steps"),
         ({"params": "biases"}, ValueError, "params"),
@@ -751,6 +1056,58 @@ def test_environments_feed_their_adapter():
         AdaptedEnv(__import__("gymnasium").make("CartPole-v1"), made)
     with pytest.raises(TypeError, match="PolicyAdapter"):
         AdaptedEnv(PixelReach(), None)
+    fresh = AdaptedEnv(PixelReach(), made)
+    with pytest.raises(StateError, match=r"before reset\(\)"):
+        fresh.step(np.zeros(2, np.float32))
+    again = copy.deepcopy(env)
+    again.reset(seed=0)
+    obs, *_ = again.step(torch.zeros(2))  # a tensor, as act() gives it
+    assert again.adapter.report.seen == 17
+    given = PolicyAdapter(*reach_parts(), augment=RandomCrop(24), warmup=0)
+    assert AdaptedEnv(PixelReach(), given).adapter._warmup == 0
+    assert AdaptedEnv(PixelReach(), made).adapter._warmup == 2
+    with pytest.warns(OutlastWarning, match="no better than a constant"):
+        made.calibrate(env, 1)  # the environment inside
+    assert made.report.seen == 16
+
+
+def test_environments_that_write_into_their_own_observation():
+    gymnasium = pytest.importorskip("gymnasium")
+    from outlast.adapt import AdaptedEnv
+
+    class Reused(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(0, 255, (C, SIDE, SIDE), np.uint8)
+        action_space = gymnasium.spaces.Discrete(3)
+
+        def __init__(self):
+            self.obs = np.zeros((C, SIDE, SIDE), np.uint8)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.obs[:] = 0
+            return self.obs, {}
+
+        def step(self, action):
+            assert self.action_space.contains(action)
+            self.obs += 1
+            return self.obs, 0.0, False, False, {}
+
+    seen = []
+
+    class Recorder(AuxTask):
+        def loss(self, encoder, obs, action, next_obs):
+            seen.append((float(obs.mean() * 255.0), float(next_obs.mean() * 255.0)))
+            return encoder(obs).sum()
+
+    encoder, _, _ = parts()
+    made = PolicyAdapter(encoder, nn.Linear(8, 3), Recorder(), augment=RandomCrop(CROP), act_fn=lambda out: out.argmax(1))
+    env = AdaptedEnv(Reused(), made)
+    obs, _ = env.reset(seed=0)
+    for _ in range(2):
+        obs, *_ = env.step(made.act(obs))
+    assert [(round(a), round(b)) for a, b in seen] == [(0, 1), (1, 2)]
+    with pytest.raises(ValueError, match="not in"):
+        env.step(1.7)
 
 
 @pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
@@ -799,6 +1156,8 @@ def test_vector_environments_never_pair_two_episodes(mode):
     draws = np.random.default_rng(0)
     for _ in range(14):
         env.step(draws.uniform(-1.0, 1.0, (2, A)).astype(np.float32))
+    with pytest.raises(ValueError, match="not in"):
+        env.step(np.full((2, A), 7.0, np.float32))
     pairs = set().union(*made.aux.pairs_seen)
     assert len(pairs) > 6
     assert all(after == before + 1 for before, after in pairs)
@@ -827,7 +1186,32 @@ def test_policies_of_stable_baselines3(algorithm):
         assert made.observe(obs, action, following) is not None
         made.begin_episode()
         obs = following
-    from outlast.errors import UnsupportedError
-
     with pytest.raises(UnsupportedError, match="Stable-Baselines3"):
         from_sb3(encoder)
+    with pytest.raises(UnsupportedError, match="exploration"):
+        from_sb3(getattr(sb3, algorithm)("CnnPolicy", env, use_sde=True, device="cpu", **settings))
+
+
+def test_discrete_policies_of_stable_baselines3():
+    sb3 = pytest.importorskip("stable_baselines3")
+    import gymnasium
+
+    from outlast.adapt import from_sb3
+    from outlast.rl import PixelReach
+
+    class Four(gymnasium.ActionWrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.action_space = gymnasium.spaces.Discrete(4)
+
+        def action(self, action):
+            return np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], np.float32)[action]
+
+    for seed in range(3):
+        env = Four(PixelReach(size=36))
+        model = sb3.PPO("CnnPolicy", env, seed=seed, device="cpu", n_steps=8, batch_size=8)
+        made = PolicyAdapter(*from_sb3(model), InverseDynamics(512, 4, hidden=8, discrete=True), batch=2)
+        obs, _ = env.reset(seed=0)
+        action = made.act(obs)
+        assert int(action) == int(model.predict(obs, deterministic=True)[0])
+        assert made.observe(obs, action, env.step(int(action))[0]) is not None

@@ -226,6 +226,9 @@ def test_frames_are_kept_once():
     assert len(replay) == 2
     with pytest.raises(ValueError, match="capacity"):
         FrameReplay(2, (1, 1, 1), (1,))
+    replay.add(np.zeros(1, np.float32), 0.0, np.zeros((1, 1, 1), np.uint8), terminated=True)
+    with pytest.raises(StateError, match="terminated"):
+        replay.add(np.zeros(1, np.float32), 0.0, np.zeros((1, 1, 1), np.uint8), terminated=False)
 
 
 # ---- the reference trainer ----------------------------------------------------------------------------------------------------------
@@ -296,8 +299,53 @@ def test_the_density_of_squashed_actions():
     assert float(action.abs().max()) < 1.0
 
 
+def test_the_trainer_takes_other_tasks_and_draws_from_its_own_seed():
+    from outlast.adapt import AuxTask, InverseDynamics, RotationPrediction
+    from outlast.rl import PixelSAC, SACSettings
+
+    settings = SACSettings(random_steps=10, batch=4, aux_every=1, share="features")
+
+    def trained(task, **changes):
+        return PixelSAC(PixelReach(), seed=0, aux=task, settings=settings, **changes).learn(14)
+
+    found = []
+    for outside in (1, 2):
+        torch.manual_seed(0)
+        task = RotationPrediction(50, hidden=8)
+        torch.manual_seed(outside)  # nothing is drawn from the global generator
+        found.append(trained(task))
+    assert all(torch.equal(a, b) for a, b in zip(found[0].encoder.parameters(), found[1].encoder.parameters(), strict=True))
+
+    class Recorder(AuxTask):
+        def __init__(self, same_crop):
+            super().__init__()
+            self.same_crop, self.equal = same_crop, []
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def loss(self, encoder, obs, action, next_obs):
+            # the middle frame of the first stack is the oldest one of the second
+            self.equal.append(bool(torch.equal(obs[:, 3:6], next_obs[:, :3])))
+            return self.weight * encoder(obs).sum()
+
+    for same_crop in (False, True):
+        task = Recorder(same_crop)
+        trained(task)
+        assert task.equal
+        assert all(task.equal) is same_crop
+    kept = InverseDynamics(50, 2, 8)
+    before = [p.clone() for p in kept.parameters()]
+    without = PixelSAC(PixelReach(), aux=kept, settings=SACSettings(random_steps=10, batch=4, aux_every=None, share="features")).learn(14)
+    assert all(torch.equal(a, b) for a, b in zip(before, without.aux.parameters(), strict=True))
+
+
 def test_trainers_of_bad_input():
-    from outlast.rl import PixelSAC
+    from outlast.rl import PixelSAC, SACSettings
+
+    for changes in ({"aux_every": 0}, {"temperature": 0.0}, {"tau": 5.0}, {"random_steps": -1}, {"batch": 0}, {"share": "all"}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            SACSettings(**changes)
+    with pytest.raises(ValueError, match="channels last"):
+        FrameStack(gymnasium.wrappers.TransformObservation(PixelReach(), lambda x: x, gymnasium.spaces.Box(0, 255, (28, 28, 3), np.uint8)))
 
     with pytest.raises(ValueError, match="vectors in"):
         PixelSAC(gymnasium.wrappers.RescaleAction(PixelReach(), np.float32(-2.0), np.float32(2.0)))

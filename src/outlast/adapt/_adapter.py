@@ -39,6 +39,7 @@ from outlast.adapt._guards import (
 )
 from outlast.adapt._parameters import NormAffineExcept
 from outlast.adapt._report import ClassifierReport
+from outlast.adapt._sources import Reload, check_factory, move_state
 from outlast.adapt._statistics import MODES, Mode, Statistics
 from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
 
@@ -148,7 +149,7 @@ class TestTimeAdapter(nn.Module):
         prior = _checks.integer("stats_prior", stats_prior, low=0)
         momentum = _checks.real("stats_momentum", stats_momentum, low=0.0, high=1.0)
         self._lr = _checks.real("lr", lr, low=0.0, low_open=True)
-        self._factory = _check_factory(optimizer)
+        self._factory = check_factory(optimizer)
         self._min_batch = 0 if min_batch is None else _checks.integer("min_batch", min_batch, low=1)
         self._accumulate = _checks.integer("accumulate", accumulate, low=1)
         if not (params == "norm_affine" or callable(params)):
@@ -195,7 +196,7 @@ class TestTimeAdapter(nn.Module):
         self._source: list[Tensor] | None = None
         self._source_buffers: list[Tensor] = []
         self._restored = False  # whether a state of the adapter, rather than a new source, is being loaded into the model
-        self.model.register_load_state_dict_post_hook(_Reload(self))
+        self.model.register_load_state_dict_post_hook(Reload(self))
         self._collect()
 
     # ---- what users call -------------------------------------------------------------------------------------------
@@ -772,10 +773,7 @@ class TestTimeAdapter(nn.Module):
             for guard in self._guards:
                 guard.apply(fn)
             if self._optimizer is not None:
-                for entries in self._optimizer.state.values():
-                    for key, value in entries.items():
-                        if isinstance(value, Tensor) and key != "step":
-                            entries[key] = fn(value)
+                move_state(self._optimizer, fn)
         self._window.clear()
         return self
 
@@ -833,15 +831,6 @@ def _check_model(model: object) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"parameter {name!r} is not initialised yet (a lazy module); run the model once before wrapping it")
-
-
-def _check_factory(optimizer: object) -> Callable[[list[nn.Parameter]], Optimizer] | None:
-    if isinstance(optimizer, Optimizer):
-        kind = type(optimizer).__name__
-        raise TypeError(f"optimizer must be a factory, got a built {kind}; give optimizer=lambda params: torch.optim.{kind}(params, ...)")
-    if optimizer is not None and not callable(optimizer):
-        raise TypeError(f"optimizer must be a function from parameters to an optimizer, got {type(optimizer).__name__}")
-    return cast("Callable[[list[nn.Parameter]], Optimizer] | None", optimizer)
 
 
 def _adapted_names(model: nn.Module, params: Literal["norm_affine"] | Callable[[str, nn.Parameter], bool]) -> list[str]:
@@ -910,20 +899,6 @@ def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if len(leaves) == 1 and leaves[0] is output:
         return output
     return tree_unflatten([_each(leaf, change) for leaf in leaves], form)
-
-
-class _Reload:
-    """Tells an adapter that a checkpoint was loaded into its model. A copy of the model alone tells nobody."""
-
-    def __init__(self, adapter: TestTimeAdapter | None) -> None:
-        self._adapter = adapter
-
-    def __call__(self, _module: nn.Module, _keys: object) -> None:
-        if self._adapter is not None:
-            self._adapter._new_source()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reload:
-        return _Reload(memo.get(id(self._adapter)))
 
 
 def _fields(output: Any) -> str:

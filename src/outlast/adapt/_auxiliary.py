@@ -5,6 +5,7 @@ Hansen et al., "Self-Supervised Policy Adaptation during Deployment", ICLR 2021:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,11 +84,11 @@ class AuxTask(nn.Module):
 
     Attributes:
         same_crop: whether both observations of a transition are cropped at one place.
-        pairs: whether :meth:`loss` reads the first observation, too.
+        uses_action: whether the loss reads the action: then actions that do not vary teach nothing.
     """
 
     same_crop: bool = False
-    pairs: bool = True
+    uses_action: bool = True
 
     def loss(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         """Mean loss of a batch of transitions, 0-dim.
@@ -110,6 +111,10 @@ class AuxTask(nn.Module):
     def compare(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         """The loss of what :meth:`draw` gave, a function of its arguments and the weights alone."""
         return self.loss(encoder, obs, action, next_obs)
+
+    def watch(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """The loss as a gate looks at it, 0-dim: nothing drawn at random."""
+        return self.compare(encoder, obs, action, next_obs)
 
     def baseline(self, action: Tensor) -> float:
         """Loss of the best constant prediction on these actions: a trained head must be below it."""
@@ -207,7 +212,7 @@ class RotationPrediction(AuxTask):
         ValueError: a size below 1.
     """
 
-    pairs = False
+    uses_action = False
 
     def __init__(self, feature_dim: int, hidden: int = 1024, projection: nn.Module | None = None) -> None:
         super().__init__()
@@ -243,6 +248,12 @@ class RotationPrediction(AuxTask):
     def compare(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         """Mean cross entropy of drawn turns."""
         return F.cross_entropy(self.head(self.projection(encoder(next_obs))).float(), action)
+
+    def watch(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        """Mean cross entropy over all four turns."""
+        n = len(next_obs)
+        turns = torch.arange(4, device=next_obs.device).repeat_interleave(n)
+        return self.compare(encoder, obs, turns, turned(next_obs.repeat(4, 1, 1, 1), turns))
 
     def baseline(self, action: Tensor) -> float:
         """Ln 4: four turns, none likelier."""
@@ -281,7 +292,7 @@ def joint_step(
     action: Tensor,
     next_obs: Tensor,
     *,
-    augment: RandomCrop | None = None,
+    augment: Callable[..., Tensor] | None = None,
     scale: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> float:
@@ -294,12 +305,13 @@ def joint_step(
         obs: ``(B, C, H, W)``, uint8 or floats in [0, 1]; bytes are divided by 255.
         action: as executed.
         next_obs: what followed.
-        augment: crops both, at places of their own unless the task says otherwise.
+        augment: a :class:`RandomCrop` crops both, at places of their own unless the task says otherwise; or any function of images and
+            generator.
         scale: weight of the loss.
         generator: of crops and turns.
 
     Returns:
-        The loss.
+        The loss; where it is not finite no step is taken.
 
     Raises:
         ValueError, TypeError: as the task's loss raises.
@@ -308,9 +320,11 @@ def joint_step(
     before, after = prepared(aux, obs, next_obs, augment, generator)
     optimizer.zero_grad()
     loss = loss_of(aux, encoder, before, action, after, generator)
-    (scale * loss).backward()
-    optimizer.step()
-    return float(loss.detach())
+    value = float(loss.detach())
+    if math.isfinite(value):
+        (scale * loss).backward()
+        optimizer.step()
+    return value
 
 
 def as_floats(obs: Tensor) -> Tensor:

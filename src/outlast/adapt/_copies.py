@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Rows = tuple[Tensor, Tensor, Tensor]
 """Observations, actions, next observations."""
 Found = tuple[float, Sequence[Tensor | None], float]
-"""A loss, its gradients, and when its computation began."""
+"""A loss, its gradients, and the seconds that they took."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,17 @@ def background() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="outlast-adapt")
 
 
-def loss_and_grads(task: TaskLoss, weights: dict[str, Tensor], batch: Rows, start: float) -> Found:
-    """The loss of a batch at given weights, and its gradients."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=background.cache_clear)  # the child has no such thread
+
+
+def loss_and_grads(task: TaskLoss, weights: dict[str, Tensor], batch: Rows, seconds: float) -> Found:
+    """The loss of a batch at given weights, and its gradients; ``seconds`` went into the batch."""
+    start = time.perf_counter()
     with torch.enable_grad():
         loss = functional_call(task, weights, batch)
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    return float(loss.detach()), grads, start
+    return float(loss.detach()), grads, seconds + time.perf_counter() - start
 
 
 class Copies:
@@ -87,6 +93,11 @@ class Copies:
 
     def __init__(self, make: Callable[[int], PolicyAdapter], n: int) -> None:
         self.all = [make(place) for place in range(n)]
+        self._unused: set[str] | None = None  # names that the loss does not reach
+        self._link()
+
+    def _link(self) -> None:
+        """Lay the copies' weights side by side: each parameter becomes a view of its row."""
         first = self.all[0]
         self._stacked = {name: torch.stack([each.adapted[name].detach() for each in self.all]) for name in first.adapted}
         for place, each in enumerate(self.all):
@@ -94,6 +105,19 @@ class Copies:
                 parameter.data = self._stacked[name][place]
         self._acting, self._task = _Acting(first), TaskLoss(first.encoder, first.aux)
         self._of_acting = [name for name in self._stacked if name.startswith("encoder.")]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"all": self.all, "unused": self._unused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.all, self._unused = state["all"], state["unused"]
+        self._link()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move the copies as ``nn.Module.to`` does."""
+        for each in self.all:
+            each._apply(fn)
+        self._link()
 
     def act(self, x: Tensor) -> Tensor:
         """The action of each environment's copy for its observation."""
@@ -106,6 +130,8 @@ class Copies:
 
     def observe(self, arrived: Arrived) -> float | None:
         """One update of each copy that learns from its transition; the mean of their last losses."""
+        for place, each in enumerate(self.all):  # before anything is counted
+            each._check_boundary(arrived.counted[place : place + 1])
         admitted: dict[int, Rows] = {}
         for place, each in enumerate(self.all):
             own = slice(place, place + 1)
@@ -117,7 +143,7 @@ class Copies:
         losses: dict[int, float] = {}
         for _ in range(self.all[0]._steps):
             losses |= self._update(admitted)
-            admitted = {place: rows for place, rows in admitted.items() if place in losses}
+            admitted = {place: rows for place, rows in admitted.items() if place in losses and not self.all[place]._counters.frozen}
         return sum(losses.values()) / len(losses) if losses else None
 
     def _update(self, admitted: dict[int, Rows]) -> dict[int, float]:
@@ -133,16 +159,25 @@ class Copies:
         def loss(weights: dict[str, Tensor], before: Tensor, action: Tensor, after: Tensor) -> Tensor:
             return functional_call(self._task, weights, (before, action, after))
 
+        unused = self._unreached(batches[0], self.all[places[0]])
         grads, values = self._mapped("task", grad_and_value(loss), (0, 0, 0, 0))(weights, *batch)
-        share = (time.perf_counter() - start) * (1.0 - 1.0 / len(places))  # of the common pass, the others' part
+        share = (time.perf_counter() - start) / len(places)  # of the common pass
         found: dict[int, float] = {}
         for row, (place, value) in enumerate(zip(places, values.tolist(), strict=True)):
-            begun = start + share if row == 0 else time.perf_counter() - share / max(1, len(places) - 1)
             own = self.all[place]
-            stepped = own._stepped(value, own._with_penalty([grads[name][row] for name in self._stacked]), begun)
+            of_loss = [None if name in unused else grads[name][row] for name in self._stacked]
+            stepped = own._stepped(value, own._with_penalty(of_loss), share)
             if stepped is not None:
                 found[place] = stepped
         return found
+
+    def _unreached(self, batch: Rows, adapter: PolicyAdapter) -> set[str]:
+        """Names without a gradient, which an optimizer with weight decay must leave alone; vmap would give them zeros."""
+        if self._unused is None:
+            leaves = {name: value.detach().requires_grad_() for name, value in adapter.adapted.items()}
+            _, grads, _ = loss_and_grads(self._task, leaves, batch, 0.0)
+            self._unused = {name for name, grad in zip(leaves, grads, strict=True) if grad is None}
+        return self._unused
 
     def _mapped(self, what: Literal["policy", "task"], function: Callable[..., Any], dims: tuple[int, ...]) -> Callable[..., Any]:
         mapped = vmap(function, in_dims=dims)

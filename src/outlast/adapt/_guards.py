@@ -615,6 +615,8 @@ def check_guards(guards: Iterable[object], provided: tuple[Needs, ...], *, adapt
         ValueError: a guard that needs what the adapter does not have, or that belongs to another adapter.
     """
     found: list[Guard] = []
+    if isinstance(guards, Guard):
+        raise TypeError(f"guards is a sequence: give [{type(guards).__name__}(...)]")
     for guard in guards:
         if not isinstance(guard, Guard):
             raise TypeError(f"guards must be Guard objects, got {guard!r} of type {type(guard).__name__}")

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -25,10 +25,11 @@ from outlast._core import _checks, _foreach
 from outlast._core._batches import device_of
 from outlast._core._norm import is_norm_layer
 from outlast._core._random import derived_seed, generator
-from outlast.adapt._auxiliary import AuxTask, RandomCrop, as_floats, loss_of, prepared
+from outlast.adapt._auxiliary import AuxTask, RandomCrop, as_floats, prepared
 from outlast.adapt._copies import Arrived, Copies, Found, Rows, TaskLoss, background, loss_and_grads
 from outlast.adapt._guards import Adapter, Guard, Needs, check_guards, load_guards
 from outlast.adapt._report import AdaptReport
+from outlast.adapt._sources import Reload, check_factory, move_state
 from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
 
 _VERSION = 1
@@ -37,6 +38,9 @@ _GATE_SMOOTHING = 0.8
 _HISTORY = 2000
 _CONSTANT = 1e-6  # variance of actions below which they tell nothing
 _LOOK_BACK = 10  # actions that are looked at for it
+_RETRY = 20  # steps until an update that was too slow is tried again
+_PROBES = 8  # random images, and other weights, that tell whether the policy reads the encoder
+_BYTES = 16.0  # floats beyond this are bytes that nobody divided by 255: normalised images stay far below
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,8 +48,8 @@ class PolicyAdaptReport(AdaptReport):
     """An :class:`AdaptReport` of a policy.
 
     Attributes:
-        departure: mean absolute difference between the adapted and the source policy's action on the newest observation; NaN before the
-            first.
+        departure: mean absolute difference between the adapted and the source policy's action on the newest observation (share of
+            different ones for discrete actions); NaN before the first.
         threshold: of the gate; None without one.
         gate_loss: moving average (0.8/0.2) of the loss that the gate looks at; NaN without a gate.
         milliseconds: mean time of an update.
@@ -100,6 +104,10 @@ class ActionWatch(Guard):
             adapter.note("action watch")
             warnings.warn(message, OutlastWarning, stacklevel=2)
 
+    def restored(self) -> None:
+        """Count anew."""
+        self._count = 0
+
     def reset(self) -> None:
         """As new."""
         self._count, self._warned = 0, False
@@ -137,10 +145,12 @@ class PolicyAdapter(nn.Module):
         adapter = PolicyAdapter(encoder, policy, aux, augment=RandomCrop(84), warmup=2)
         obs, _ = env.reset()
         adapter.begin_episode()
-        while not done:
+        over = False
+        while not over:
             action = adapter.act(obs)
-            next_obs, _, terminated, truncated, _ = env.step(action)
+            next_obs, _, terminated, truncated, _ = env.step(action.cpu().numpy())
             adapter.observe(obs, action, next_obs, terminated=terminated, truncated=truncated)
+            obs, over = next_obs, terminated or truncated
 
     Encoder, policy and task are copied together, so that what they share stays shared, and run in eval mode throughout; statistics of
     normalisation layers and everything that is not adapted keep their values bit for bit. The task must have been trained next to the
@@ -159,16 +169,16 @@ class PolicyAdapter(nn.Module):
         episodic: every :meth:`begin_episode` starts again from the trained weights with a fresh optimizer.
         update_aux: whether the task's head learns, too.
         buffer: recent transitions that batches are filled up with; 0 takes the newest alone.
-        newest: copies of the newest transition in a batch; None for all without a buffer and a quarter with one.
-        gate: update only while the moving average of the loss exceeds this; ``"auto"`` for what :meth:`calibrate` finds.
-        warmup: first steps of each episode that are skipped: frames of the stack - 1.
+        newest: copies of the newest transition in a batch that a buffer fills up; None for a quarter.
+        gate: update only while the moving average (0.8/0.2) of the loss exceeds this; ``"auto"`` for what :meth:`calibrate` finds.
+        warmup: first steps of each episode that are skipped: frames of the stack - 1. None takes 0, or what ``AdaptedEnv`` finds.
         params: ``"all"`` parameters of the encoder, ``"norm_affine"``, or a predicate of name and parameter.
         per_env: one adapted copy for each environment instead of one that all share, computed together by ``torch.func.vmap``;
             each has its own optimizer, buffer, guards, step numbers and draws, and :meth:`begin_episode` with a mask restores the
             chosen ones.
         max_ms: skip updates while their mean time exceeds this.
         guards: those that need only the loss and the adapted parameters, and :class:`ActionWatch`.
-        act_fn: from the policy's output to the action.
+        act_fn: from the policy's output to the action, such as the most likely one of logits.
         generator: of crops, turns and the buffer's draws; a fixed one otherwise.
 
     Raises:
@@ -192,7 +202,7 @@ class PolicyAdapter(nn.Module):
         buffer: int = 0,
         newest: int | None = None,
         gate: float | Literal["auto"] | None = None,
-        warmup: int = 0,
+        warmup: int | None = None,
         params: Literal["all", "norm_affine"] | Callable[[str, nn.Parameter], bool] = "all",
         per_env: bool = False,
         max_ms: float | None = None,
@@ -222,18 +232,23 @@ class PolicyAdapter(nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
         if not isinstance(aux, AuxTask):
             raise TypeError(f"aux must be an AuxTask trained next to the policy (PAD needs joint training), got {type(aux).__name__}")
-        if isinstance(optimizer, Optimizer):
-            raise TypeError("optimizer must be a factory, such as lambda params: torch.optim.SGD(params, lr=1e-3)")
+        for name, function in (("augment", augment), ("act_fn", act_fn)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        check_factory(optimizer)
         self._lr = _checks.real("lr", lr, low=0.0)
         self._batch = _checks.integer("batch", batch, low=1)
         self._steps = _checks.integer("steps", steps, low=1)
         self._buffer_size = _checks.integer("buffer", buffer, low=0)
-        self._newest = (
-            (self._batch if not buffer else max(1, self._batch // 4)) if newest is None else _checks.integer("newest", newest, low=1)
-        )
+        if newest is not None and not buffer:
+            raise ValueError("newest counts copies beside those from a buffer: give buffer, too")
+        self._newest = max(1, self._batch // 4) if newest is None else _checks.integer("newest", newest, low=1)
         if self._newest > self._batch:
             raise ValueError(f"newest must be at most batch={self._batch}, got {self._newest}")
-        self._warmup = _checks.integer("warmup", warmup, low=0)
+        self._warmup = 0 if warmup is None else _checks.integer("warmup", warmup, low=0)
+        self._warmup_given = warmup is not None
         self._max_ms = None if max_ms is None else _checks.real("max_ms", max_ms, low=0.0, low_open=True)
         if gate is not None and gate != "auto":
             _checks.real("gate", gate, low=0.0, low_open=True, infinite=True)
@@ -259,6 +274,8 @@ class PolicyAdapter(nn.Module):
         self._last_obs: Tensor | None = None
         self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
         self._actions: list[Tensor] = []
+        self._turn = 0  # where the next batch begins among more environments than it has copies
+        self._waited = 0  # skipped updates since the last try, with a budget of time
         self._step_numbers: Tensor | None = None  # of each environment in its episode
         self._ended: Tensor | None = None
         self._degenerate = False
@@ -268,11 +285,20 @@ class PolicyAdapter(nn.Module):
         self._memory: list[tuple[Tensor, Tensor]] = []  # middle crops and their features at the present weights
         self._settings, self._per_env = settings, bool(per_env)
         self._copies: Copies | None = None
+        self._loaded: dict[str, Any] | None = None
+        for module in (self.encoder, self.policy, self.aux):
+            module.register_load_state_dict_post_hook(Reload(self))
+        self.register_load_state_dict_post_hook(_take_loaded)
 
     @classmethod
-    def paper(cls, encoder: nn.Module, policy: nn.Module, aux: AuxTask, **settings: Any) -> PolicyAdapter:
-        """The authors' settings: Adam at 1e-3, the newest transition alone, no gate, 32 crops. Others may be given."""
-        merged: dict[str, Any] = {"lr": 1e-3, "buffer": 0, "gate": None, "batch": 32, **settings}
+    def paper(
+        cls, encoder: nn.Module, policy: nn.Module, aux: AuxTask, *, augment: Callable[..., Tensor] | None, **settings: Any
+    ) -> PolicyAdapter:
+        """The authors' settings: Adam at 1e-3, the newest transition alone, no gate, 32 crops. Others may be given.
+
+        ``augment`` must be said, since the size of the crop is the policy's: ``RandomCrop(84)`` for the authors' 100 pixels.
+        """
+        merged: dict[str, Any] = {"lr": 1e-3, "buffer": 0, "gate": None, "batch": 32, "augment": augment, **settings}
         return cls(encoder, policy, aux, **merged)
 
     def _chosen(self, params: Literal["all", "norm_affine"] | Callable[[str, nn.Parameter], bool]) -> list[str]:
@@ -301,7 +327,7 @@ class PolicyAdapter(nn.Module):
         """The adapted policy's action, without a gradient.
 
         Args:
-            obs: ``(C, H, W)`` or ``(N, C, H, W)``, tensor or array, bytes or floats in [0, 1], the same at every call.
+            obs: ``(C, H, W)`` or ``(N, C, H, W)``, tensor or array, bytes, or floats in [0, 1] (or normalised), the same at every call.
 
         Returns:
             ``(A,)`` or ``(N, A)``.
@@ -338,17 +364,31 @@ class PolicyAdapter(nn.Module):
             StateError: an episode has ended and :meth:`begin_episode` was not called, or ``gate="auto"`` is not calibrated.
             ValueError, TypeError: observations of another form, actions of another shape or type, NaN actions.
         """
-        self._settle()
-        arrived = self._arrived(obs, action, next_obs, terminated, truncated, valid)
-        if self._per_env:
-            return self._copies_of(len(arrived.before)).observe(arrived)
-        rows = self._admitted(arrived)
-        found: float | None = None
-        for _ in range(self._steps if rows is not None else 0):
-            found = self._update(cast("Rows", rows))
-            if found is None:
-                break
-        return found
+        with torch.inference_mode(False):
+            self._settle()
+            arrived = self._arrived(obs, action, next_obs, terminated, truncated, valid)
+            if self._per_env:
+                return self._copies_of(len(arrived.before)).observe(arrived)
+            rows = self._admitted(arrived)
+            found: float | None = None
+            for _ in range(self._steps if rows is not None else 0):
+                value = self._update(cast("Rows", rows))
+                found = found if value is None else value
+                if value is None or self._counters.frozen:  # a guard may end it
+                    break
+            return found
+
+    @torch.no_grad()
+    def loss(self, obs: Any, action: Any, next_obs: Any) -> float:
+        """The task's loss on a transition (or one of each environment) as a gate looks at it: middle crops, nothing learnt or counted.
+
+        Raises:
+            ValueError, TypeError: as :meth:`observe`.
+        """
+        arrived = self._arrived(obs, action, next_obs, None, None, None, check_gate=False)
+        if self._copies is not None:
+            raise UnsupportedError("with per_env=True the copies have losses of their own: see reports")
+        return self._watched(arrived.before, arrived.action, arrived.after)
 
     def observe_async(
         self, obs: Any, action: Any, next_obs: Any, *, terminated: Any = None, truncated: Any = None, valid: Any = None
@@ -368,8 +408,12 @@ class PolicyAdapter(nn.Module):
         """
         if self._per_env or self._steps > 1:
             raise UnsupportedError("observe_async() takes one shared encoder and steps=1: use observe()")
+        with torch.inference_mode(False):
+            return self._begin_update(self._arrived(obs, action, next_obs, terminated, truncated, valid))
+
+    def _begin_update(self, arrived: Arrived) -> bool:
         self._settle(wait=False)
-        rows = self._admitted(self._arrived(obs, action, next_obs, terminated, truncated, valid))
+        rows = self._admitted(arrived)
         if rows is None:
             return False
         if self._pending is not None:
@@ -381,7 +425,7 @@ class PolicyAdapter(nn.Module):
             self._worker = copy.deepcopy(TaskLoss(self.encoder, self.aux))
         # Weights are written by this thread only, and only while no gradient is being computed: the worker reads them where they lie.
         leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.adapted.items()}
-        self._pending = background().submit(loss_and_grads, self._worker, leaves, batch, start)
+        self._pending = background().submit(loss_and_grads, self._worker, leaves, batch, time.perf_counter() - start)
         return True
 
     def finish(self) -> float | None:
@@ -398,28 +442,29 @@ class PolicyAdapter(nn.Module):
         if self._copies is not None:
             self._copies.begin(mask)
             return
-        everywhere = mask is None or bool(torch.as_tensor(mask).all())
-        if everywhere:
+        chosen = None if mask is None else torch.as_tensor(mask, dtype=torch.bool).flatten()
+        known = None if self._ended is None else len(self._ended)
+        if chosen is not None and (not len(chosen) or known not in (None, len(chosen))):
+            raise ValueError(f"mask must have one entry for each of {known or 'the'} environments, got {len(chosen)}")
+        if chosen is None or bool(chosen.all()):
             self._step_numbers = self._ended = None
             self._actions = []
             if self._episodic:
                 self._to_source()
                 self._recent = []
-                self._counters.frozen = False
+                self._counters.frozen = self._degenerate = False
+                self._counters.gate_loss = math.nan
                 for guard in self._guards:
                     guard.restored()
-            return
-        chosen = torch.as_tensor(mask, dtype=torch.bool).flatten()
-        if self._step_numbers is not None and self._ended is not None:
-            if chosen.shape != self._ended.shape:
-                raise ValueError(f"mask must have one entry for each of {len(self._ended)} environments, got {len(chosen)}")
+        elif self._step_numbers is not None and self._ended is not None:
             self._step_numbers[chosen], self._ended[chosen] = 0, False
 
-    def warm_up_at_least(self, steps: int) -> None:
-        """Skip so many first steps of each episode, if no warm-up was given."""
-        self._warmup = self._settings["warmup"] = self._warmup or steps
-        for each in [] if self._copies is None else self._copies.all:
-            each.warm_up_at_least(steps)
+    def default_warmup(self, steps: int) -> None:
+        """Skip so many first steps of each episode, unless ``warmup`` was given."""
+        if not self._warmup_given:
+            self._warmup = steps
+            for each in [] if self._copies is None else self._copies.all:
+                each.default_warmup(steps)
 
     def reset(self) -> None:
         """Back to the start: weights, optimizer, buffer, guards, counters; the gate's threshold stays."""
@@ -429,17 +474,21 @@ class PolicyAdapter(nn.Module):
         self._recent, self._actions = [], []
         self._step_numbers = self._ended = self._last_obs = None
         self._degenerate = False
+        self._turn = self._waited = 0
         for guard in self._guards:
             guard.reset()
         self._counters = _Counters()
 
     def calibrate(self, env: Any, episodes: int, seed: int = 0) -> float:
-        """Set the gate's threshold: mean + 2 standard deviations of the loss where the policy was trained.
+        """Find the gate's threshold: mean + 2 standard deviations of the loss where the policy was trained.
 
-        The policy acts with its trained weights; nothing is updated. The threshold is kept in the state dict.
+        The policy acts with its trained weights; nothing is updated. One more episode of random actions tells whether the head was trained.
+        With ``gate="auto"`` the threshold is set, and kept in the state dict. The gate compares a moving average, which spreads about a
+        third as much as single losses: it opens later than two deviations suggest.
 
         Args:
-            env: with Gymnasium's ``reset(seed=)`` and ``step``; one environment, image observations.
+            env: with Gymnasium's ``reset(seed=)`` and ``step``; one environment, image observations. Of an ``AdaptedEnv`` of this adapter
+                the environment inside is taken.
             episodes: to run.
             seed: of the first; the others follow.
 
@@ -447,42 +496,52 @@ class PolicyAdapter(nn.Module):
             The threshold.
 
         Raises:
-            ValueError: observations that are no images, or no transition after the warm-up.
+            ValueError: observations that are no images, or no finite loss after the warm-up.
         """
         _checks.integer("episodes", episodes, low=1)
         self._settle()
-        losses: list[float] = []
-        actions: list[Tensor] = []
-        now = [parameter.detach().clone() for parameter in self.adapted.values()]
-        self._to_source()
+        while getattr(env, "adapter", None) is self:
+            env = env.env
+        parameters = list(self.adapted.values())
+        now = [parameter.detach().clone() for parameter in parameters]
+        self._put(self._source)
         try:
-            for episode in range(episodes):
-                obs, _ = env.reset(seed=seed + episode)
-                step, over = 0, False
-                while not over:
-                    action = self._policy_of(self._observation(obs)[0])[0]
-                    following, _, terminated, truncated, _ = env.step(action.cpu().numpy())
-                    if step >= self._warmup:
-                        pair = [self._observation(each)[0] for each in (obs, following)]
-                        losses.append(self._watched(pair[0], action[None], pair[1]))
-                        actions.append(action[None].cpu())
-                    obs, step, over = following, step + 1, bool(terminated or truncated)
+            losses = [loss for each in range(episodes) for loss, _ in self._losses_in(env, seed + each, None)]
+            losses = [loss for loss in losses if math.isfinite(loss)]
+            if not losses:
+                raise ValueError("no transition with a finite loss was left after the warm-up: run longer episodes")
+            space = getattr(env, "action_space", None)
+            if space is not None:
+                space.seed(seed)
+                self._check_trained(list(self._losses_in(env, seed + episodes, space)))
         finally:
-            with torch.no_grad():
-                _foreach.copy_(list(self.adapted.values()), now)
-            self._memory = []
-        if not losses:
-            raise ValueError("no transition was left after the warm-up: run longer episodes")
-        if self.aux.baseline(torch.cat(actions)) <= float(np.mean(losses)):
+            self._put(now)
+        found = float(np.mean(losses) + 2.0 * np.std(losses))
+        if self._auto:
+            self._threshold = found
+            for each in [] if self._copies is None else self._copies.all:
+                each._threshold = found
+        return found
+
+    def _losses_in(self, env: Any, seed: int, space: Any) -> Iterator[tuple[float, Tensor]]:
+        """Losses and actions of an episode after the warm-up, of the policy or of random actions."""
+        obs, _ = env.reset(seed=seed)
+        step, over = 0, False
+        while not over:
+            executed = self._policy_of(self._observation(obs)[0])[0].cpu().numpy() if space is None else space.sample()
+            following, _, terminated, truncated, _ = env.step(executed)
+            if step >= self._warmup:
+                arrived = self._arrived(obs, executed, following, None, None, None, check_gate=False)
+                yield self._watched(arrived.before, arrived.action, arrived.after), arrived.action
+            obs, step, over = following, step + 1, bool(terminated or truncated)
+
+    def _check_trained(self, found: list[tuple[float, Tensor]]) -> None:
+        if found and self.aux.baseline(torch.cat([action.cpu() for _, action in found])) <= float(np.mean([loss for loss, _ in found])):
             warnings.warn(
-                "the auxiliary head predicts no better than a constant where the policy was trained: was it trained next to the policy?",
+                "the auxiliary head predicts random actions no better than a constant does: was it trained next to the policy?",
                 OutlastWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._threshold = float(np.mean(losses) + 2.0 * np.std(losses))
-        for each in [] if self._copies is None else self._copies.all:
-            each._threshold = self._threshold
-        return self._threshold
 
     @property
     def report(self) -> PolicyAdaptReport:
@@ -516,18 +575,22 @@ class PolicyAdapter(nn.Module):
 
     @torch.no_grad()
     def departure(self) -> float:
-        """Mean absolute difference of the adapted and the source policy's action on the newest observation; NaN before the first."""
+        """Mean absolute difference of the adapted and the source policy's action on the newest observation; NaN before the first.
+
+        Of discrete actions the share of environments in which they differ.
+        """
         self._settle()
         if self._copies is not None:
             return sum(each.departure() for each in self._copies.all) / len(self._copies.all)
         if self._last_obs is None:
             return math.nan
-        parameters = list(self.adapted.values())
-        now = [parameter.detach().clone() for parameter in parameters]
+        now = [parameter.detach().clone() for parameter in self.adapted.values()]
         adapted = self._policy_of(self._last_obs)
-        _foreach.copy_(parameters, self._source)
+        self._put(self._source)
         source = self._policy_of(self._last_obs)
-        _foreach.copy_(parameters, now)
+        self._put(now)
+        if not adapted.is_floating_point():
+            return float((adapted != source).double().mean())
         return float((adapted.double() - source.double()).abs().mean())
 
     # ---- what guards call -----------------------------------------------------------------------------------------------------------
@@ -547,7 +610,9 @@ class PolicyAdapter(nn.Module):
 
     @property
     def last_loss(self) -> float:
-        """Loss of the last update, before penalties."""
+        """Loss of the last update, before penalties; with ``per_env`` the mean of the copies'."""
+        if self._copies is not None:
+            return sum(each.last_loss for each in self._copies.all) / len(self._copies.all)
         return self._counters.last_loss
 
     @property
@@ -557,6 +622,11 @@ class PolicyAdapter(nn.Module):
 
     def restore(self, reason: str) -> None:
         """Return to the trained weights with a fresh optimizer; the episode and the counters go on."""
+        self._settle()
+        if self._copies is not None:
+            for each in self._copies.all:
+                each.restore(reason)
+            return
         self._to_source()
         self._counters.resets += 1
         self.note(reason)
@@ -565,6 +635,11 @@ class PolicyAdapter(nn.Module):
 
     def freeze(self) -> None:
         """Adapt no more until the next episode (``episodic``) or :meth:`reset`."""
+        self._settle()
+        if self._copies is not None:
+            for each in self._copies.all:
+                each.freeze()
+            return
         self._counters.frozen = True
         self.note("frozen")
 
@@ -578,18 +653,21 @@ class PolicyAdapter(nn.Module):
 
     # ---- a transition ---------------------------------------------------------------------------------------------------------------
 
-    def _arrived(self, obs: Any, action: Any, next_obs: Any, terminated: Any, truncated: Any, valid: Any) -> Arrived:
+    def _arrived(
+        self, obs: Any, action: Any, next_obs: Any, terminated: Any, truncated: Any, valid: Any, *, check_gate: bool = True
+    ) -> Arrived:
         """What was observed, checked."""
-        if self._auto and self._threshold is None:
+        if check_gate and self._auto and self._threshold is None:
             raise StateError("gate='auto' has no threshold yet: call calibrate(env, episodes), or load a calibrated state")
         before, single = self._observation(obs)
         after, _ = self._observation(next_obs)
         if before.shape != after.shape:
             raise ValueError(f"obs and next_obs must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
         done = torch.as_tensor(action).to(before.device)
-        done = done[None] if single else done
+        done = (done[None] if single else done).detach()
+        done = done.clone() if done.is_inference() else done
         n = len(before)
-        self._check_action(done, n)
+        self._check_action(done, before)
         ends = self._ends(terminated, n) | self._ends(truncated, n)
         counted = torch.ones(n, dtype=torch.bool) if valid is None else self._ends(valid, n)
         return Arrived(before, done, after, ends & counted, counted)
@@ -598,20 +676,18 @@ class PolicyAdapter(nn.Module):
         """The transitions that are learnt from, or None, after everything that must be remembered and counted of them."""
         before, done, after = arrived.before, arrived.action, arrived.after
         steps = self._advance(len(before), arrived.ends, arrived.counted)
-        self._last_obs = after
         counters = self._counters
         counters.seen += len(before)
-        finite = torch.ones(len(before), dtype=torch.bool)
-        for images in (before, after):
-            if images.is_floating_point():
-                finite &= images.isfinite().flatten(1).all(1).cpu()
+        finite = _finite(before) & _finite(after)
+        if bool(finite.all()):
+            self._last_obs = after
         ready = finite & arrived.counted & (steps >= self._warmup)
         if not bool(ready.any()) or counters.frozen:
             counters.skipped += 1
             return None
         chosen = ready.to(before.device)
         rows = before[chosen], done[chosen], after[chosen]
-        self._remember(*rows)
+        self._remember(done, rows)
         if self._constant_actions():
             counters.skipped += 1
             if not self._degenerate:
@@ -644,11 +720,14 @@ class PolicyAdapter(nn.Module):
         return self._copies
 
     def _observation(self, obs: Any) -> tuple[Tensor, bool]:
-        x = torch.as_tensor(obs)
+        x = torch.as_tensor(obs).detach()
+        x = x.clone() if x.is_inference() else x
         single = x.ndim == 3
-        x = (x[None] if single else x).detach()
-        if x.ndim != 4:
+        x = x[None] if single else x
+        if x.ndim != 4 or not len(x):
             raise ValueError(f"observations are images (C, H, W) or (N, C, H, W), got shape {tuple(x.shape)}")
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise TypeError(f"observations are bytes (uint8) or floats in [0, 1], got {x.dtype}")
         form = (tuple(x.shape[1:]), x.dtype)
         if self._form is None:
             if isinstance(self._augment, RandomCrop):
@@ -660,44 +739,73 @@ class PolicyAdapter(nn.Module):
             raise ValueError(
                 f"observations were {known} of {_range(was)} so far, got {form[0]} of {_range(form[1])}: they must not change between calls"
             )
+        if x.is_floating_point():
+            largest = float(x.nan_to_num(0.0, 0.0, 0.0).abs().max())
+            if largest > _BYTES:
+                raise ValueError(f"observations in floats lie in [0, 1] or are normalised, got {largest:.3g}; give bytes as uint8")
+            x = x.to(self._width())
         return x.to(device_of(self.encoder)), single
+
+    def _width(self) -> torch.dtype:
+        """The type of numbers that the encoder computes with."""
+        return next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), torch.float32)
 
     @torch.no_grad()
     def _check_shared(self, x: Tensor) -> None:
-        """Adapting must reach the action: other weights of the encoder must give another one."""
-        x = x[:1].to(device_of(self.encoder))
-        if x.is_floating_point() and not bool(x.isfinite().all()):
-            return
+        """Adapting must reach the action: the policy must read the features, and these must depend on the weights.
+
+        Random images and several other weights are tried, since one picture may give no feature, and the most likely of a few actions,
+        or a saturated one, stays the same for many weights.
+        """
         weights = [parameter for name, parameter in self.adapted.items() if name.startswith("encoder.")]
         kept, own = [weight.detach().clone() for weight in weights], torch.Generator().manual_seed(0)
-        before = self._policy_of(x)
-        for weight in weights:
-            weight.add_((0.5 * weight.abs().mean() + 0.1) * torch.randn(weight.shape, generator=own).to(weight))
-        after = self._policy_of(x)
-        _foreach.copy_(weights, kept)
-        if torch.equal(before, after):
-            raise ValueError("changing the encoder does not change the action: policy must take the encoder's features, encoder be shared")
+        images = torch.rand((_PROBES, *x.shape[1:]), generator=own).to(device_of(self.encoder), self._width())
+        if isinstance(self._augment, RandomCrop):
+            images = self._augment.centre(images)
+        features = self.encoder(images)
+        if not isinstance(features, Tensor):
+            return
+        before = self._out_of(features)
+        reads = not torch.equal(before, self._out_of(torch.full_like(features, math.nan)))
+        depends = False
+        for attempt in range(_PROBES):
+            for weight in weights:
+                scale = (0.5 * weight.abs().mean() + 0.1) * 2.0**attempt
+                weight.add_(scale * torch.randn(weight.shape, generator=own).to(weight))
+            other = self.encoder(images)
+            depends = depends or not torch.equal(other, features)
+            reads = reads or not torch.equal(before, self._out_of(other))
+            _foreach.copy_(weights, kept)
+            if depends and reads:
+                return
+        raise ValueError("changing the encoder does not change the action: policy must take the encoder's features, encoder be shared")
+
+    def _out_of(self, features: Tensor) -> Tensor:
+        """What the policy gives for features, before ``act_fn`` if that is a tensor."""
+        out = self.policy(features.clone())
+        return out if isinstance(out, Tensor) or self._act_fn is None else self._act_fn(out)
 
     def _middle(self, x: Tensor) -> Tensor:
-        return as_floats(self._augment.centre(x) if isinstance(self._augment, RandomCrop) else x)
+        return as_floats(self._augment.centre(x) if isinstance(self._augment, RandomCrop) else x).to(self._width())
 
     def _encoded(self, images: Tensor) -> Tensor:
         """The encoder's features of middle crops, remembered for two observations until the weights change."""
         for known, features in self._memory:
             if torch.equal(known, images):
-                return features
+                return features.clone()  # a policy may work in place
         features = self.encoder(images)
-        self._memory = [*self._memory[-1:], (images, features)]
+        self._memory = [*self._memory[-1:], (images.clone(), features.clone())]  # the caller's array may change
         return features
 
     def _policy_of(self, x: Tensor, encoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         out = self.policy((self.encoder if encoder is None else encoder)(self._middle(x)))
         return out if self._act_fn is None else self._act_fn(out)
 
-    def _check_action(self, action: Tensor, n: int) -> None:
+    def _check_action(self, action: Tensor, before: Tensor) -> None:
+        n = len(before)
         if len(action) != n:
             raise ValueError(f"{n} observations need as many actions, got {len(action)}")
-        if action.is_floating_point() and not bool(action.isfinite().all()):
+        if bool((~_finite(action) & _finite(before)).any()):  # a policy that sees NaN may answer with it
             raise ValueError("the action holds NaN or infinity: what was executed must be given")
         self.aux.check(action, n)
 
@@ -711,32 +819,38 @@ class PolicyAdapter(nn.Module):
 
     def _advance(self, n: int, ends: Tensor, counted: Tensor) -> Tensor:
         """The step numbers of this transition; the counters go on."""
-        if self._step_numbers is None or self._ended is None or len(self._ended) != n:
+        if self._step_numbers is None or self._ended is None:
             self._step_numbers, self._ended = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
-        if bool((self._ended & counted).any()):
-            raise StateError("this pair crosses an episode boundary: the episode has ended, call begin_episode() before the next one")
+        if len(self._ended) != n:
+            raise ValueError(f"the episodes of {len(self._ended)} environments go on, got {n}: call begin_episode() first")
+        self._check_boundary(counted)
         steps = self._step_numbers.clone()
         self._step_numbers += counted
         self._ended |= ends
         return steps
 
-    def _remember(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> None:
-        self._actions = [*self._actions, action.detach().float().cpu()][-_LOOK_BACK:]
+    def _check_boundary(self, counted: Tensor) -> None:
+        if self._ended is not None and bool((self._ended & counted).any()):
+            raise StateError("this pair crosses an episode boundary: the episode has ended, call begin_episode() before the next one")
+
+    def _remember(self, actions: Tensor, rows: Rows) -> None:
+        """All environments' actions, and the rows that are learnt from."""
+        self._actions = [*self._actions, actions.float().cpu()][-_LOOK_BACK:]
         if self._buffer_size:
-            rows = [(obs[row].clone(), action[row].clone(), next_obs[row].clone()) for row in range(len(obs))]
-            self._recent = [*self._recent, *rows][-self._buffer_size :]
+            obs, action, next_obs = rows
+            recent = [(obs[row].clone(), action[row].clone(), next_obs[row].clone()) for row in range(len(obs))]
+            self._recent = [*self._recent, *recent][-self._buffer_size :]
 
     def _constant_actions(self) -> bool:
-        """Whether the last actions tell nothing apart, so that the head would learn a constant."""
-        if len(self._actions) < _LOOK_BACK:
+        """Whether no environment's last actions vary, so that the head would learn a constant."""
+        if not self.aux.uses_action or len(self._actions) < _LOOK_BACK:
             return False
-        recent = torch.cat(self._actions)
-        return float(recent.var(0, correction=0).max()) < _CONSTANT
+        return float(torch.stack(self._actions).var(0, correction=0).max()) < _CONSTANT
 
     def _watched(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> float:
-        """The loss on middle crops, without a gradient and without the generator's next draws."""
+        """The loss on middle crops, without a gradient or a draw."""
         with torch.no_grad():
-            own, n = torch.Generator().manual_seed(0), len(obs)
+            n = len(obs)
             before, after = self._middle(obs), self._middle(next_obs)
 
             def encoder(images: Tensor) -> Tensor:
@@ -744,7 +858,7 @@ class PolicyAdapter(nn.Module):
                     return self.encoder(images)
                 return torch.cat([self._encoded(part) for part in images.split(n)])
 
-            return float(loss_of(self.aux, encoder, before, action, after, own))
+            return float(self.aux.watch(encoder, before, action, after))
 
     def _shut(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> bool:
         if self._threshold is None:
@@ -759,15 +873,21 @@ class PolicyAdapter(nn.Module):
     def _too_slow(self) -> bool:
         if self._max_ms is None or not self._counters.milliseconds > self._max_ms:
             return False
-        self._counters.milliseconds *= 0.95  # so that updates are tried again after a while
-        return True
+        self._waited += 1
+        if self._waited < _RETRY:
+            return True
+        self._waited = 0  # one is tried again: the machine may be free now
+        return False
 
     def _batch_of(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the newest transitions, and older ones from the buffer."""
-        copies = self._newest if self._buffer_size else self._batch
-        index = torch.arange(copies, device=obs.device) % len(obs)
+        copies, n = self._newest if self._buffer_size else self._batch, len(obs)
+        if self._augment is None and not self._buffer_size and type(self.aux).draw is AuxTask.draw:
+            copies = min(copies, n)  # equal copies have the gradient of one
+        index = (torch.arange(copies, device=obs.device) + self._turn) % n
+        self._turn = (self._turn + copies) % n if n > copies else 0  # more environments than copies take turns
         parts = [(obs[index], action[index], next_obs[index])]
-        rest = self._batch - copies
+        rest = self._batch - copies if self._buffer_size else 0
         if rest:
             drawn = torch.randint(len(self._recent), (rest,), generator=self._generator).tolist()
             old = [self._recent[place] for place in drawn]
@@ -777,7 +897,7 @@ class PolicyAdapter(nn.Module):
     def _drawn(self, rows: Rows) -> Rows:
         """A batch of transitions with their crops and whatever else the task draws."""
         before, done, after = self._batch_of(*rows)
-        before, after = prepared(self.aux, before, after, self._augment, self._generator)
+        before, after = (x.to(self._width()) for x in prepared(self.aux, before, after, self._augment, self._generator))
         return self.aux.draw(before, done, after, self._generator)
 
     def _penalty(self) -> Tensor | None:
@@ -799,8 +919,7 @@ class PolicyAdapter(nn.Module):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-        value = float(loss.detach()) if penalty is None or bool(penalty.detach().isfinite()) else math.nan
-        return self._stepped(value, grads, start)
+        return self._stepped(float(loss.detach()), grads, time.perf_counter() - start)
 
     def _with_penalty(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Gradients of a loss that was differentiated elsewhere, with those of what guards add."""
@@ -819,19 +938,26 @@ class PolicyAdapter(nn.Module):
         added = cast("tuple[Tensor | None, ...]", extra)
         return [a if b is None else b if a is None else a + b for a, b in zip(grads, added, strict=True)]
 
-    def _stepped(self, value: float, grads: Sequence[Tensor | None], start: float) -> float | None:
-        """Take the optimizer's step with gradients of a loss, and count it; None and no step where the loss is not finite."""
+    def _stepped(self, value: float, grads: Sequence[Tensor | None], seconds: float) -> float | None:
+        """Take the optimizer's step with gradients of a loss (and penalties), and count it; no step where either is not finite.
+
+        ``seconds`` went into the gradients.
+        """
+        start = time.perf_counter()
         counters, parameters = self._counters, list(self.adapted.values())
-        if not math.isfinite(value):
+        size = float(_foreach.norm([grad for grad in grads if grad is not None])) if math.isfinite(value) else math.nan
+        if not math.isfinite(size):
             counters.skipped += 1
-            self.note("loss is not finite")
+            self.note("nonfinite")
             return None
         self._memory = []
         optimizer = self._ready_optimizer(parameters)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
+        torch.clear_autocast_cache()  # autocast may hold copies of the parameters that just changed
         counters.updates += 1
         counters.used += self._batch
         counters.last_loss = value
@@ -841,7 +967,7 @@ class PolicyAdapter(nn.Module):
             counters.history = counters.history[::2]
         for guard in self._guards:
             guard.after_step(self)
-        elapsed = 1e3 * (time.perf_counter() - start)
+        elapsed = 1e3 * (seconds + time.perf_counter() - start)
         known = counters.milliseconds
         counters.milliseconds = elapsed if math.isnan(known) else _SMOOTHING * known + (1.0 - _SMOOTHING) * elapsed
         return value
@@ -851,12 +977,15 @@ class PolicyAdapter(nn.Module):
         if self._pending is None or not (wait or self._pending.done()):
             return None
         pending, self._pending = self._pending, None
-        value, grads, start = pending.result()
-        return self._stepped(value, self._with_penalty(grads), start)
+        value, grads, seconds = pending.result()
+        return self._stepped(value, self._with_penalty(grads), seconds)
 
     def _ready_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self._optimizer is None:
-            self._optimizer = self._adam(parameters) if self._factory is None else self._factory(parameters)
+            made: Any = self._adam(parameters) if self._factory is None else self._factory(parameters)
+            if not isinstance(made, Optimizer):
+                raise TypeError(f"the optimizer factory must return an optimizer, got {type(made).__name__}")
+            self._optimizer = made
         return self._optimizer
 
     def _adam(self, parameters: list[nn.Parameter]) -> Optimizer:
@@ -865,9 +994,21 @@ class PolicyAdapter(nn.Module):
         return torch.optim.Adam(parameters, lr=self._lr, fused=fused)
 
     @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        _foreach.copy_(list(self.adapted.values()), values)
+        self._memory = []
+
     def _to_source(self) -> None:
-        _foreach.copy_(list(self.adapted.values()), self._source)
+        self._put(self._source)
         self._optimizer = None
+
+    def _new_source(self) -> None:
+        """Weights were loaded into the modules: they are what episodes begin with."""
+        self._adapted = None  # with ``assign`` the parameters are others
+        self._source = [parameter.detach().clone() for parameter in self.adapted.values()]
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self._optimizer = self._pending = self._worker = self._copies = None
         self._memory = []
 
     # ---- state ----------------------------------------------------------------------------------------------------------------------
@@ -890,11 +1031,13 @@ class PolicyAdapter(nn.Module):
             "ended": self._ended,
             "last": self._last_obs,
             "degenerate": self._degenerate,
+            "turn": self._turn,
+            "waited": self._waited,
             "copies": [] if self._copies is None else [each.state_dict() for each in self._copies.all],
         }
 
     def set_extra_state(self, state: Any) -> None:
-        """Take what :meth:`get_extra_state` gave.
+        """Take what :meth:`get_extra_state` gave, as soon as the weights are loaded.
 
         Raises:
             ValueError: another version, other adapted parameters or other guards.
@@ -904,12 +1047,18 @@ class PolicyAdapter(nn.Module):
             raise ValueError(f"the state has version {state.get('version')!r}; this release reads version {_VERSION}")
         if state["names"] != self._names:
             raise ValueError("the state adapts other parameters than this adapter")
+        if state["copies"] and not self._per_env:
+            raise ValueError("the state has one copy for each environment: make the adapter with per_env=True")
+        self._loaded = state
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        """What :func:`_take_loaded` does once the weights are in place."""
         device = device_of(self.encoder)
         load_guards(self._guards, state["guards"], device)
         parameters = list(self.adapted.values())
         self._source = [value.to(p.device, p.dtype, copy=True) for value, p in zip(state["source"], parameters, strict=True)]
-        self._threshold = state["threshold"]
-        self._optimizer = None
+        if self._auto:
+            self._threshold = state["threshold"]
         if state["optimizer"] is not None:
             self._ready_optimizer(parameters).load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
@@ -921,14 +1070,30 @@ class PolicyAdapter(nn.Module):
         self._actions = [each.clone() for each in state["actions"]]
         self._step_numbers, self._ended = (None if each is None else each.clone() for each in (state["steps"], state["ended"]))
         self._last_obs = None if state["last"] is None else state["last"].to(device, copy=True)
-        self._degenerate = bool(state["degenerate"])
-        self._pending = self._worker = self._copies = None
-        self._memory = []
-        if state["copies"] and not self._per_env:
-            raise ValueError("the state has one copy for each environment: make the adapter with per_env=True")
+        self._degenerate, self._turn, self._waited = bool(state["degenerate"]), int(state["turn"]), int(state["waited"])
         if state["copies"]:
             for each, own in zip(self._copies_of(len(state["copies"])).all, state["copies"], strict=True):
                 each.load_state_dict(own)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PolicyAdapter:
+        self._settle()
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            self._source = [fn(value) for value in self._source]
+            self._recent = [cast("Any", tuple(fn(part) for part in entry)) for entry in self._recent]
+            self._last_obs = None if self._last_obs is None else fn(self._last_obs)
+            self._memory, self._worker, self._adapted = [], None, None
+            for guard in self._guards:
+                guard.apply(fn)
+            if self._optimizer is not None:
+                move_state(self._optimizer, fn)
+            if self._copies is not None:
+                self._copies.apply(fn)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**self.__dict__, "_worker": None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As every module does.
@@ -938,7 +1103,7 @@ class PolicyAdapter(nn.Module):
         """
         if strict and any(True for _ in self.aux.parameters()) and not any(name.startswith("aux.") for name in state_dict):
             raise ValueError("the state has no auxiliary head: PAD needs one that was trained jointly with the policy (joint_step)")
-        self._adapted = None  # with ``assign`` the parameters are others afterwards
+        self._settle()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def train(self, mode: bool = True) -> PolicyAdapter:
@@ -962,6 +1127,22 @@ class PolicyAdapter(nn.Module):
         if self._guards:
             parts.append("guards=" + "+".join(type(guard).__name__ for guard in self._guards))
         return ", ".join(parts)
+
+
+def _take_loaded(adapter: nn.Module, _keys: object) -> None:
+    """After every load: the weights are in place, so what belongs to them can be."""
+    adapter = cast("PolicyAdapter", adapter)
+    state, adapter._loaded = adapter._loaded, None
+    if state is not None:
+        adapter._new_source()
+        adapter._take_state(state)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows hold neither NaN nor infinity, ``(N,)`` on the CPU."""
+    if not rows.is_floating_point():
+        return torch.ones(len(rows), dtype=torch.bool)
+    return rows.isfinite().reshape(len(rows), -1).all(1).cpu()
 
 
 def _together(reports: Sequence[PolicyAdaptReport]) -> PolicyAdaptReport:

@@ -80,6 +80,8 @@ class ControlEnv(gymnasium.Env[Pixels, npt.NDArray[np.float32]]):
         self._model, self._data = self._env.physics.model.ptr, self._env.physics.data.ptr
         if fast:
             self._model.vis.quality.offsamples = 0
+        view = self._model.vis.global_
+        view.offwidth, view.offheight = max(view.offwidth, size), max(view.offheight, size)
         self._colours = self._model.mat_rgba.copy(), self._model.geom_rgba.copy()
         try:
             self._renderer = self._mujoco.Renderer(self._model, size, size)

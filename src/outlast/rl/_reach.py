@@ -87,13 +87,20 @@ class PixelReach(gymnasium.Env[Observation, npt.NDArray[np.float32]]):
         self._frames = np.zeros((3 * stack, size, size), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
-        """Begin an episode."""
+        """Begin an episode.
+
+        Args:
+            seed: of everything that it draws.
+            options: ``{"places": seed}`` draws agent and target from another seed, and leaves the look as it is.
+        """
         if seed is None and self._seed is not None:
             seed, self._seed = self._seed, None  # of the first episode; later ones go on from there
         super().reset(seed=seed)
         self._agent, self._target = self.np_random.uniform(-_START, _START, (2, 2))
         self._look = PLAIN if self._shift is None else self._shift.draw(self.np_random, self._size)
         self._colours = self._look.colours(_USUAL)
+        if options is not None and "places" in options:
+            self._agent, self._target = np.random.default_rng(options["places"]).uniform(-_START, _START, (2, 2))
         self._done = 0
         self._frames = np.tile(self._draw(), (self.stack, 1, 1))
         return self._frames.copy(), self._info()

@@ -30,13 +30,13 @@ def _branch(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width), nn.Tanh())
 
 
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
 def _projected(features: int, width: int | None) -> list[nn.Module]:
     """A projection of one's own, or none where the encoder has it."""
     return [] if width is None else [_branch(features, width)]
-
-
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class PixelEncoder(nn.Module):
@@ -112,7 +112,7 @@ class SACSettings:
         temperature: at the start.
         reward_offset: added to every reward.
         capacity: frames in the replay memory.
-        aux_every: updates between two steps of the auxiliary task.
+        aux_every: updates between two steps of the auxiliary task; None for none.
         share: what policy, critic and auxiliary task share: the ``"convolutions"``, or the ``"features"`` that are projected from them.
     """
 
@@ -125,8 +125,21 @@ class SACSettings:
     temperature: float = 0.1
     reward_offset: float = -0.5
     capacity: int = 20_000
-    aux_every: int = 2
+    aux_every: int | None = 2
     share: Literal["convolutions", "features"] = "convolutions"
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "batch"):
+            integer(name, getattr(self, name), low=1)
+        integer("random_steps", self.random_steps, low=0)
+        integer("capacity", self.capacity, low=2)
+        if self.aux_every is not None:
+            integer("aux_every", self.aux_every, low=1)
+        real("gamma", self.gamma, low=0.0, high=1.0)
+        real("tau", self.tau, low=0.0, high=1.0)
+        for name in ("lr", "temperature"):
+            real(name, getattr(self, name), low=0.0, low_open=True)
+        choice("share", self.share, ("convolutions", "features"))
 
 
 class PixelSAC:
@@ -138,7 +151,8 @@ class PixelSAC:
         env: image observations ``(stack * channels, S, S)`` in uint8, actions in [-1, 1]; :class:`PixelReach` or the like.
         stack: frames in an observation.
         aux: the auxiliary task, of features of the encoder; None takes inverse dynamics.
-        augment: changes cropped images in [0, 1] before the networks see them, ``augment(images, generator)``: colour jitter, say.
+        augment: changes cropped images in [0, 1] before the networks see them, ``augment(images, generator)``: colour jitter, say. It is
+            given both observations of a transition as one longer stack of frames.
         settings: hyperparameters.
         seed: of everything that is drawn.
         device: of the networks.
@@ -165,15 +179,11 @@ class PixelSAC:
         if len(actions.shape or ()) != 1 or not (np.allclose(actions.low, -1.0) and np.allclose(actions.high, 1.0)):
             raise ValueError(f"actions must be vectors in [-1, 1], got {actions}")
         s = self.settings
-        real("gamma", s.gamma, low=0.0, high=1.0)
-        real("lr", s.lr, low=0.0, low_open=True)
-        integer("batch", s.batch, low=1)
         self.env, self.seed = env, seed
         self._stack, self._channels, self._action_dim = stack, int(shape[0]) // stack, int(actions.shape[0])
         self._device = torch.device(device)
         self._augment = augment
         self._crop = RandomCrop(s.crop)
-        choice("share", s.share, ("convolutions", "features"))
         shared, width, hidden = (50, None, 128) if s.share == "features" else (None, 50, 128)
         with seeded(derived_seed(seed, "sac networks")):
             self.encoder = PixelEncoder(int(shape[0]), s.crop, width=shared).to(device)
@@ -242,6 +252,8 @@ class PixelSAC:
                 obs, reward, terminated, truncated, _ = env.step(self.act(obs))
                 total, over = total + float(reward), bool(terminated or truncated)
             found.append(total)
+        if env is self.env:
+            self._obs = None  # the training's episode is over
         return found
 
     def _begin(self) -> None:
@@ -254,14 +266,23 @@ class PixelSAC:
         """The middle crop, in [0, 1]."""
         return self._crop.centre(torch.as_tensor(obs)).to(self._device).float() / 255.0
 
-    def _cropped(self, obs: Tensor) -> Tensor:
-        images = self._crop(obs, self._draws).to(self._device).float() / 255.0
-        return images if self._augment is None else self._augment(images, self._draws)
+    def _cropped(self, obs: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """Crops of both as the task wants them, changed alike: a look lasts longer than a step."""
+        places = [self._crop.places(images, self._draws) for images in (obs, following)]
+        if self.aux.same_crop:
+            places[1] = places[0]
+        before, after = (
+            self._crop.at(images, *place).to(self._device) / 255.0 for images, place in zip((obs, following), places, strict=True)
+        )
+        if self._augment is None:
+            return before, after
+        changed = self._augment(torch.cat([before, after], 1), self._draws)
+        return changed[:, : before.shape[1]], changed[:, before.shape[1] :]
 
     def _update(self) -> None:
         s = self.settings
         obs, action, reward, following, terminated = self._replay.sample(s.batch, self._draws)
-        before, after = self._cropped(obs), self._cropped(following)
+        before, after = self._cropped(obs, following)
         action, goes_on = action.to(self._device), 1.0 - terminated.to(self._device).float()
         reward = reward.to(self._device) + s.reward_offset
         temperature = self._log_temperature.exp().detach()
@@ -277,8 +298,8 @@ class PixelSAC:
         _step(self._of_actor, (temperature * density - torch.minimum(*self._critic(features, drawn))).mean())
         _step(self._of_temperature, -(self._log_temperature.exp() * (density.detach() - self._action_dim)).mean())
         number = self.steps - s.random_steps
-        if number % s.aux_every == 0:
-            loss = self.aux.loss(self.encoder, before, action, after)
+        if s.aux_every is not None and number % s.aux_every == 0:
+            loss = self.aux.compare(self.encoder, *self.aux.draw(before, action, after, self._draws))
             _step(self._of_aux, loss)
             self.aux_loss = float(loss.detach())
         if number % 2 == 0:

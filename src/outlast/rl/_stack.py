@@ -36,6 +36,8 @@ class FrameStack(gymnasium.Wrapper[Pixels, Any, Pixels, Any]):
         space: Any = env.observation_space
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 3 or space.dtype != np.uint8:
             raise ValueError(f"FrameStack takes images (channels, height, width) of uint8, got the space {space}")
+        if space.shape[2] in (1, 3, 4) and space.shape[0] > 4:
+            raise ValueError(f"observations {space.shape} have their channels last: transpose them to (channels, height, width)")
         self.k = integer("k", k, low=1)
         self._channels = int(space.shape[0])
         self.observation_space = gymnasium.spaces.Box(np.tile(space.low, (k, 1, 1)), np.tile(space.high, (k, 1, 1)), dtype=np.uint8)
@@ -82,6 +84,7 @@ class FrameReplay:
         self._goes_on = np.zeros(capacity, np.bool_)  # the next frame is of the same episode
         self._first = np.zeros(capacity, np.int64)  # number of the episode's first frame
         self._count = 0
+        self._over = False
 
     def __len__(self) -> int:
         """Frames that are held."""
@@ -95,6 +98,7 @@ class FrameReplay:
 
     def begin(self, frame: Pixels) -> None:
         """The first frame of an episode."""
+        self._over = False
         self._put(frame, self._count)
 
     def add(self, action: npt.NDArray[np.float32], reward: float, frame: Pixels, *, terminated: bool) -> None:
@@ -107,10 +111,13 @@ class FrameReplay:
             terminated: whether the episode ended there for good; a time limit is no such end.
 
         Raises:
-            StateError: no episode has begun.
+            StateError: no episode has begun, or the last one terminated.
         """
         if self._count == 0:
             raise StateError("add() before begin(): the replay has no frame that the action belongs to")
+        if self._over:
+            raise StateError("add() after the episode terminated: give the next one's first frame to begin()")
+        self._over = terminated
         place = (self._count - 1) % self._capacity
         self._actions[place], self._rewards[place], self._ended[place], self._goes_on[place] = action, reward, terminated, True
         self._put(frame, int(self._first[place]))
