@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from benchmarks._harness import summarise
+
 NAMES = (
     "sam",
     "tent",
@@ -24,3 +26,4 @@ NAMES = (
 
 for name in sys.argv[1:] or NAMES:
     importlib.import_module(f"benchmarks.{name}").main()
+summarise(NAMES)

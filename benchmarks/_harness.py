@@ -7,7 +7,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,3 +62,25 @@ def write(name: str, rows: list[Row]) -> None:
         lines.append(f"| {row.benchmark} | {row.rival} | {row.milliseconds:.2f} | {ratio} | {row.target} | {met} |")
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines[4:]))
+
+
+def summarise(names: Sequence[str]) -> None:
+    """One table of all results on disk, misses named; printed, and written beside them."""
+    lines = ["# All benchmarks", "", "`make bench` measures all, `python -m benchmarks NAME` one. Medians; ratios within one run.", ""]
+    lines += ["| file | benchmark | measured | ms (median) | ratio | target | met |", "|---|---|---|---|---|---|---|"]
+    judged = missed = 0
+    for name in names:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        for row in json.loads(path.read_text())["rows"]:
+            if row["met"] is None and row["ratio"] is None:
+                continue
+            judged, missed = judged + (row["met"] is not None), missed + (row["met"] is False)
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            met = "" if row["met"] is None else ("yes" if row["met"] else "**missed**")
+            link, time_ms = f"[{name}]({name}.md)", f"{row['milliseconds']:.2f}"
+            lines.append(f"| {link} | {row['benchmark']} | {row['rival']} | {time_ms} | {ratio} | {row['target']} | {met} |")
+    lines += ["", f"{judged - missed} of {judged} targets met, {missed} missed."]
+    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(["", *lines[4:]]))

@@ -198,6 +198,69 @@ def test_one_step_is_gradient_descent_on_the_same_crops():
     assert made.last_loss == pytest.approx(float(loss.detach()))
 
 
+class Deep(nn.Module):
+    """Two unpadded convolutions with strides 2 and 1, functional parts, a linear layer."""
+
+    def __init__(self, padding=0):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(C, 4, 3, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3, 1, padding=padding)
+        self.out = nn.Linear(5 * (4 if padding == 0 else 6) ** 2, 8)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.two(F.relu(self.norm(self.one(x))))).flatten(1))
+
+
+@pytest.mark.parametrize("buffer", [0, 6])
+def test_crops_of_a_frame_share_their_convolutions(buffer):
+    """The same losses and weights as from encoding each crop."""
+    torch.manual_seed(0)
+    encoder, policy, task = Deep(), nn.Linear(8, A), InverseDynamics(8, A, hidden=16)
+    settings = {"augment": RandomCrop(13), "batch": 24, "lr": 1e-2, "buffer": buffer, "newest": 20 if buffer else None}
+    shared, apart = (PolicyAdapter(encoder, policy, task, **settings, generator=rng(2)) for _ in range(2))
+    apart._sharing = False
+    obs = torch.randint(256, (7, C, 20, 20), generator=rng(0), dtype=torch.uint8)
+    done = torch.rand(6, A, generator=rng(1))
+    for t in range(6):
+        assert shared.observe(obs[t], done[t], obs[t + 1]) == pytest.approx(apart.observe(obs[t], done[t], obs[t + 1]), abs=1e-6)
+    assert shared._sharing._stride == (2, 2)
+    assert len(shared._sharing._convolutions) == 5
+    for a, b in zip(shared.adapted.values(), apart.adapted.values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    groups = shared._sharing.groups(torch.zeros(24, dtype=torch.long), *RandomCrop(13).places(obs[:1].expand(24, -1, -1, -1), rng(0)))
+    assert len(groups) == 4
+    assert shared._sharing.worth(groups)
+    again = copy.deepcopy(shared)
+    assert again.observe(obs[0], done[0], obs[1]) == shared.observe(obs[0], done[0], obs[1])
+
+
+def test_encoders_that_cannot_share_do_not():
+    from outlast.adapt._crop_sharing import CropSharing
+
+    class Branching(Deep):
+        def forward(self, x):
+            return super().forward(x) + super().forward(x)
+
+    class Choosing(Deep):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    hooked = Deep().eval()
+    hooked.one.register_forward_hook(lambda *_: None)
+    for encoder in (Branching(), Choosing(), hooked, nn.Sequential(nn.Conv2d(C, 4, 3, 2, padding=1), nn.Flatten()), nn.Flatten()):
+        assert CropSharing.of(encoder.eval(), RandomCrop(CROP)) is None
+    padded = CropSharing.of(Deep(padding=1).eval(), RandomCrop(13))
+    assert len(padded._convolutions) == 3  # up to the padded one
+    assert len(padded._rest) == 4
+    # dilation and groups are no obstacle
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, 3, dilation=2, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 2, 1), nn.Flatten()).eval()
+    sharing, crop = CropSharing.of(net, RandomCrop((14, 11))), RandomCrop((14, 11))
+    frames = torch.rand(30, 4, 21, 17, generator=rng(0))[:1].expand(30, -1, -1, -1)
+    tops, lefts = crop.places(frames, rng(1))
+    found = sharing(frames, tops, lefts, sharing.groups(torch.zeros(30, dtype=torch.long), tops, lefts), torch.float32)
+    assert torch.allclose(found, net(crop.at(frames, tops, lefts)), atol=1e-6)
+
+
 def test_what_is_not_adapted_stays_bit_for_bit():
     encoder, policy, task = parts(norm=True)
     made = PolicyAdapter(

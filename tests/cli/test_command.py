@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def toy(folder, *words, **env):
         (["run", "sam", "--set", "epochs=three"], "setting 'epochs'"),
         (["run", "sam", "--part", "other"], "its parts: label-noise"),
         (["run", "no_such_module:STUDY"], "no study at"),
+        (["demo", "--only", "cooking"], "the themes: after deployment, continual learning"),
         (["data", "fetch", "imagenet"], "unknown data set 'imagenet'"),
     ],
 )
@@ -122,6 +124,60 @@ def test_missing_extra_is_one_line_with_the_way_out(tmp_path):
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert 'pip install "outlast[cli]"' in done.stderr
+
+
+def test_the_demo_runs_what_is_asked_for_and_goes_on(tmp_path):
+    """A registry of two toys: one theme alone, then both in two processes, the finished cells kept."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "import outlast.studies._registry as registry\n"
+        "registry._STUDIES = {'toy': 'toy_study:STUDY', 'sam': 'outlast.studies.sam:STUDY'}\n"
+        "from outlast.cli import main\n"
+        "sys.argv[1:] = sys.argv[1:]\n"
+        "main()\n"
+    )
+    words = [sys.executable, "-c", code, "demo", "--only", "test", "--processes", "1", "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=TESTS, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 study at quick scale" in done.stderr
+    assert "Does it run?" in (tmp_path / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "toy"]
+    again = subprocess.run([*words[:-4], "--out", str(tmp_path)], capture_output=True, text=True, cwd=TESTS, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "0 of 6" not in again.stdout
+    assert "6 of 6 cells, 0" in again.stdout or "6 of 6 cells" in again.stdout
+
+
+def test_themes_and_names_choose_studies():
+    from outlast.studies import names
+    from outlast.studies._registry import names_of
+
+    assert names_of([]) == names()
+    assert names_of(["few labels"]) == ("startup", "distribution-calibration")
+    assert names_of(["Long", "sam"]) == ("sam", "performer", "rfa")
+
+
+@pytest.mark.slow
+def test_the_wheel_needs_torch_and_numpy_alone(tmp_path):
+    root = TESTS.parent
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)], check=True)
+    (wheel,) = tmp_path.glob("outlast-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        archive.extractall(tmp_path / "site")
+    wanted = [line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert sorted(line.split(">")[0] for line in wanted) == ["numpy", "torch"]
+    assert sum(path.stat().st_size for path in (tmp_path / "site").rglob("*") if path.is_file()) < 25e6
+    done = subprocess.run(
+        [sys.executable, "-c", "import outlast; print(outlast.__file__, outlast.__version__)"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(tmp_path) in done.stdout
 
 
 def test_report_collects_a_folder(tmp_path):

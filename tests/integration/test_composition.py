@@ -93,3 +93,45 @@ def test_the_memory_holds_what_the_first_task_used(kind):
     assert held.memory.ranks
     assert free.moved > 0.1
     assert held.moved < 0.01 * free.moved
+
+
+@pytest.mark.filterwarnings("ignore:the model has no BatchNorm")
+def test_tent_follows_other_trainings():
+    """On a converted network and on one with a memory, which adapting a copy leaves alone."""
+    from outlast.adapt import Tent
+    from outlast.diagnose import padding
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(256, 3))
+    converted = padding.convert(net, "symmetric").eval()
+    adapter = Tent(converted, lr=1e-2)
+    x = torch.randn(16, 1, 8, 8)
+    first = adapter(x)
+    assert adapter.report.updates == 1
+    assert not torch.equal(first, adapter(x))
+    assert isinstance(adapter.merge()[0], type(converted[0]))
+
+    made = next(kind for kind in ALL if kind.__name__ == "MixUpMemory")(plain)
+    made.model.insert(1, torch.nn.LayerNorm(8))
+    made.run(range(STEPS // 2 + 1))
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    adapted = Tent(made.model, lr=1e-2)
+    adapted(made.batch(7)[0])
+    assert adapted.report.updates == 1
+    assert all(torch.equal(value, made.model.state_dict()[name]) for name, value in before.items())
+
+
+def test_calibration_follows_adaptation():
+    from helpers import families
+
+    from outlast.fewshot import BaseStatistics, DistributionCalibration
+
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())  # as adaptation leaves it
+    (base, base_labels), (novel, labels) = families()
+    with torch.no_grad():
+        statistics = BaseStatistics.from_features(encoder(base), base_labels)
+        shots = [int((labels == c).nonzero()[0]) for c in labels.unique()[:5]]
+        model = DistributionCalibration(statistics, random_state=0).fit(encoder(novel[shots]), labels[shots])
+        predicted = model.predict(encoder(novel[shots]))
+    assert (torch.as_tensor(predicted) == labels[shots]).all()

@@ -378,7 +378,7 @@ def test_helpers_stand_still_while_speed_is_measured(tmp_path):
         def cell_failed(self, cell, error):
             told.append(("failed", cell))
 
-    with subprocess.Popen(["sleep", "60"]) as process, Helpers(tmp_path, 0) as helpers:
+    with subprocess.Popen(["sleep", "60"]) as process, Helpers(tmp_path, 0, ()) as helpers:
         helpers._running = [process]
         progress = StandStill(Told(), helpers, lambda cell: cell == "speed")
         progress.cell_started("accuracy")

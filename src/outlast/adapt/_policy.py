@@ -25,8 +25,9 @@ from outlast._core import _checks, _foreach
 from outlast._core._batches import device_of
 from outlast._core._norm import is_norm_layer
 from outlast._core._random import derived_seed, generator
-from outlast.adapt._auxiliary import AuxTask, RandomCrop, as_floats, prepared
+from outlast.adapt._auxiliary import AuxTask, InverseDynamics, RandomCrop, as_floats, prepared
 from outlast.adapt._copies import Arrived, Copies, Found, Rows, TaskLoss, background, loss_and_grads
+from outlast.adapt._crop_sharing import CropSharing
 from outlast.adapt._guards import Adapter, Guard, Needs, check_guards, load_guards
 from outlast.adapt._report import AdaptReport
 from outlast.adapt._sources import Reload, check_factory, move_state
@@ -39,6 +40,7 @@ _HISTORY = 2000
 _CONSTANT = 1e-6  # variance of actions below which they tell nothing
 _LOOK_BACK = 10  # actions that are looked at for it
 _RETRY = 20  # steps until an update that was too slow is tried again
+_USUAL = InverseDynamics.predict, InverseDynamics.loss, InverseDynamics.draw
 _PROBES = 8  # random images, and other weights, that tell whether the policy reads the encoder
 _BYTES = 16.0  # floats beyond this are bytes that nobody divided by 255: normalised images stay far below
 
@@ -282,6 +284,7 @@ class PolicyAdapter(nn.Module):
         self._source = [parameter.detach().clone() for parameter in self.adapted.values()]
         self._pending: Future[Found] | None = None  # the gradient that a worker is computing
         self._worker: TaskLoss | None = None
+        self._sharing: CropSharing | Literal[False] | None = None  # how crops share convolutions, once it is known
         self._memory: list[tuple[Tensor, Tensor]] = []  # middle crops and their features at the present weights
         self._settings, self._per_env = settings, bool(per_env)
         self._copies: Copies | None = None
@@ -879,26 +882,50 @@ class PolicyAdapter(nn.Module):
         self._waited = 0  # one is tried again: the machine may be free now
         return False
 
-    def _batch_of(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of the newest transitions, and older ones from the buffer."""
+    def _batch_of(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Rows, Tensor]:
+        """Copies of the newest transitions, and older ones from the buffer; and numbers that tell copies of one from another."""
         copies, n = self._newest if self._buffer_size else self._batch, len(obs)
         if self._augment is None and not self._buffer_size and type(self.aux).draw is AuxTask.draw:
             copies = min(copies, n)  # equal copies have the gradient of one
         index = (torch.arange(copies, device=obs.device) + self._turn) % n
         self._turn = (self._turn + copies) % n if n > copies else 0  # more environments than copies take turns
-        parts = [(obs[index], action[index], next_obs[index])]
+        parts, sources = [(obs[index], action[index], next_obs[index])], index.cpu()
         rest = self._batch - copies if self._buffer_size else 0
         if rest:
             drawn = torch.randint(len(self._recent), (rest,), generator=self._generator).tolist()
             old = [self._recent[place] for place in drawn]
             parts.append(cast("Any", tuple(torch.stack([entry[side] for entry in old]) for side in range(3))))
-        return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3)))
+            sources = torch.cat([sources, n + torch.tensor(drawn)])
+        return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3))), sources
 
     def _drawn(self, rows: Rows) -> Rows:
         """A batch of transitions with their crops and whatever else the task draws."""
-        before, done, after = self._batch_of(*rows)
+        (before, done, after), _ = self._batch_of(*rows)
         before, after = (x.to(self._width()) for x in prepared(self.aux, before, after, self._augment, self._generator))
         return self.aux.draw(before, done, after, self._generator)
+
+    def _loss_of(self, rows: Rows) -> Tensor:
+        """The loss of a batch drawn for these transitions; crops of one frame share their convolutions where that is worth it."""
+        crop, aux = cast("RandomCrop", self._augment), self.aux
+        kind = type(aux)
+        usual = isinstance(aux, InverseDynamics) and (kind.predict, kind.loss, kind.draw) == _USUAL
+        if not usual or type(crop) is not RandomCrop or aux.same_crop:
+            return aux.compare(self.encoder, *self._drawn(rows))
+        if self._sharing is None:
+            self._sharing = CropSharing.of(self.encoder, crop) or False
+        if self._sharing is False:
+            return aux.compare(self.encoder, *self._drawn(rows))
+        (before, done, after), sources = self._batch_of(*rows)
+        places = [crop.places(images, self._generator) for images in (before, after)]
+        tops, lefts = (torch.cat([place[side] for place in places]) for side in range(2))
+        groups = self._sharing.groups(torch.cat([sources, sources + int(sources.max()) + 1]), tops, lefts)
+        if not self._sharing.worth(groups):
+            images = (as_floats(crop.at(x, *place)).to(self._width()) for x, place in zip((before, after), places, strict=True))
+            first, second = images
+            return aux.compare(self.encoder, first, done, second)
+        features = self._sharing(torch.cat([before, after]), tops, lefts, groups, self._width())
+        empty = features.new_empty(len(done), 0)  # the task asks for the features of both, once, and looks at nothing else
+        return aux.compare(lambda _: features, empty, done, empty)
 
     def _penalty(self) -> Tensor | None:
         """What guards add to the loss."""
@@ -908,12 +935,11 @@ class PolicyAdapter(nn.Module):
     def _update(self, rows: Rows) -> float | None:
         start = time.perf_counter()
         parameters = list(self.adapted.values())
-        batch = self._drawn(rows)
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
-                loss = self.aux.compare(self.encoder, *batch)
+                loss = self._loss_of(rows)
                 penalty = self._penalty()
                 grads = torch.autograd.grad(loss if penalty is None else loss + penalty, parameters, allow_unused=True)
         finally:
@@ -1093,7 +1119,7 @@ class PolicyAdapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**self.__dict__, "_worker": None}
+        return {**self.__dict__, "_worker": None, "_sharing": None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As every module does.

@@ -71,6 +71,10 @@ def demo_plan(study: Study) -> Plan:
 def demo(
     *,
     out: Out = Path("runs/demo"),
+    only: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="Only studies of this theme ('few labels', 'long', ...) or of this name; may be repeated."),
+    ] = None,
     processes: Annotated[
         int | None, Parameter(help="Processes that share the cells: two, or one on a single core. Parts that measure speed run alone.")
     ] = None,
@@ -85,7 +89,8 @@ def demo(
     from outlast.cli._progress import make_progress
     from outlast.errors import MissingDataError, MissingExtraError
     from outlast.report import write_report
-    from outlast.studies import get, names
+    from outlast.studies import get
+    from outlast.studies._registry import names_of
     from outlast.studies._run import run
     from outlast.studies._summary import not_run, summarise
 
@@ -93,13 +98,14 @@ def demo(
     if processes < 1:
         raise ValueError(f"--processes must be at least 1, got {processes}")
     progress = make_progress(quiet=quiet)
+    chosen = names_of(only or ())
     if not quiet:
-        progress.note(f"{len(names())} studies at quick scale; results and report go to {out}")
+        progress.note(f"{len(chosen)} {'study' if len(chosen) == 1 else 'studies'} at quick scale; results and report go to {out}")
     page = out / "report.html"
     summaries: list[Summary] = []
-    with Helpers(out, processes - 1) as helpers:
+    with Helpers(out, processes - 1, chosen) as helpers:
         watched = StandStill(progress, helpers, lambda cell: get(cell.origin).part(cell.part).timed)
-        for name in names():
+        for name in chosen:
             study = get(name)
             plan = demo_plan(study)
             try:

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -29,10 +29,11 @@ class Helpers:
     Args:
         out: the folder.
         count: of processes; 0 for none.
+        names: of the studies.
     """
 
-    def __init__(self, out: Path, count: int) -> None:
-        command = [sys.executable, "-m", "outlast.cli._helper", str(out)]
+    def __init__(self, out: Path, count: int, names: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "outlast.cli._helper", str(out), *names]
         silent = subprocess.DEVNULL
         # What fails in a helper is computed again, and reported, by the process that it helps.
         self._running = [subprocess.Popen(command, stdin=silent, stdout=silent, stderr=silent) for _ in range(count)]  # noqa: S603  our own module
@@ -104,15 +105,15 @@ class _Orphan(QuietProgress):
             sys.exit(0)
 
 
-def main(out: Path) -> None:
-    """Compute cells of the demo until none is left."""
+def main(out: Path, names: Sequence[str]) -> None:
+    """Compute cells of the demo's studies until none is left."""
     from outlast.cli._app import demo_plan
     from outlast.errors import MissingDataError, MissingExtraError
-    from outlast.studies import get, names
+    from outlast.studies import get
     from outlast.studies._run import assist
 
     progress = _Orphan()
-    for name in reversed(names()):
+    for name in reversed(names):
         study = get(name)
         try:
             assist(study, demo_plan(study), out, progress)
@@ -121,4 +122,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

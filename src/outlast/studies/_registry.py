@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from outlast.studies._design import Study
@@ -32,6 +33,19 @@ _STUDIES = {
 def names() -> tuple[str, ...]:
     """Names of the package's studies."""
     return tuple(_STUDIES)
+
+
+def names_of(only: Sequence[str]) -> tuple[str, ...]:
+    """Names of the package's studies whose theme holds one of these words, or whose name is one; all for no words.
+
+    Raises:
+        ValueError: a word that fits none; the message lists the themes.
+    """
+    themes = {name: get(name).theme for name in _STUDIES}
+    for word in only:
+        if not any(word.lower() in theme or word == name for name, theme in themes.items()):
+            raise ValueError(f"no theme or study {word!r}; the themes: {', '.join(sorted(set(themes.values())))}")
+    return tuple(name for name, theme in themes.items() if not only or any(word.lower() in theme or word == name for word in only))
 
 
 def get(name: str) -> Study:

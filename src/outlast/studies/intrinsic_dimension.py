@@ -790,7 +790,7 @@ STUDY = Study(
     question="How many numbers describe an image, and does it matter for learning?",
     paper="Pope, Zhu, Abdelkader, Goldblum, Goldstein: The Intrinsic Dimension of Images and Its Impact on Learning. ICLR 2021",
     follows="The table of estimates over k, the validation on generated images, the experiments on noise, augmentation and learning",
-    theme="know your data",
+    theme="know your network and your data",
     parts=(_REAL, _LADDER_PART, _CURVES, _UPSCALING, _LEARNING, _GAN),
     origin="outlast.studies.intrinsic_dimension:STUDY",
 )
