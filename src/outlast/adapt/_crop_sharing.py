@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from outlast.adapt._auxiliary import RandomCrop, as_floats
@@ -81,6 +82,10 @@ class CropSharing:
             found.append((numbers, (min(ys), min(xs), max(ys) + h, max(xs) + w)))
         return found
 
+    def possible(self, crops: int) -> bool:
+        """Whether so many crops of a frame can be worth it: a part for each remainder is encoded."""
+        return self._stride[0] * self._stride[1] < _WORTH * crops
+
     def worth(self, groups: Sequence[tuple[list[int], tuple[int, int, int, int]]]) -> bool:
         """Whether encoding parts of frames is much less work than encoding crops."""
         crops = sum(len(numbers) for numbers, _ in groups) * self._crop.size[0] * self._crop.size[1]
@@ -122,7 +127,7 @@ def _step(encoder: nn.Module, node: fx.Node, before: fx.Node) -> Step:
     target: Any = encoder.get_submodule(str(node.target)) if node.op == "call_module" else node.target
 
     def run(x: Tensor) -> Any:
-        args, kwargs = (fx.node.map_arg(part, lambda each: x if each is before else each) for part in (node.args, node.kwargs))
+        args, kwargs = (cast("Any", map_arg(part, lambda each: x if each is before else each)) for part in (node.args, node.kwargs))
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)

@@ -889,14 +889,19 @@ class PolicyAdapter(nn.Module):
             copies = min(copies, n)  # equal copies have the gradient of one
         index = (torch.arange(copies, device=obs.device) + self._turn) % n
         self._turn = (self._turn + copies) % n if n > copies else 0  # more environments than copies take turns
-        parts, sources = [(obs[index], action[index], next_obs[index])], index.cpu()
+        sources = index.cpu()
+        newest = (obs, action, next_obs)
+        # One frame's copies are views: only their crops are copied.
+        first = tuple(side.expand(copies, *side.shape[1:]) if n == 1 else side[index] for side in newest)
+        parts = [cast("Rows", first)]
         rest = self._batch - copies if self._buffer_size else 0
         if rest:
             drawn = torch.randint(len(self._recent), (rest,), generator=self._generator).tolist()
             old = [self._recent[place] for place in drawn]
             parts.append(cast("Any", tuple(torch.stack([entry[side] for entry in old]) for side in range(3))))
             sources = torch.cat([sources, n + torch.tensor(drawn)])
-        return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3))), sources
+            return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3))), sources
+        return parts[0], sources
 
     def _drawn(self, rows: Rows) -> Rows:
         """A batch of transitions with their crops and whatever else the task draws."""
@@ -907,13 +912,12 @@ class PolicyAdapter(nn.Module):
     def _loss_of(self, rows: Rows) -> Tensor:
         """The loss of a batch drawn for these transitions; crops of one frame share their convolutions where that is worth it."""
         crop, aux = cast("RandomCrop", self._augment), self.aux
-        kind = type(aux)
-        usual = isinstance(aux, InverseDynamics) and (kind.predict, kind.loss, kind.draw) == _USUAL
+        usual = isinstance(aux, InverseDynamics) and (type(aux).predict, type(aux).loss, type(aux).draw) == _USUAL
         if not usual or type(crop) is not RandomCrop or aux.same_crop:
             return aux.compare(self.encoder, *self._drawn(rows))
         if self._sharing is None:
             self._sharing = CropSharing.of(self.encoder, crop) or False
-        if self._sharing is False:
+        if self._sharing is False or not self._sharing.possible(self._batch):
             return aux.compare(self.encoder, *self._drawn(rows))
         (before, done, after), sources = self._batch_of(*rows)
         places = [crop.places(images, self._generator) for images in (before, after)]
