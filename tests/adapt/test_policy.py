@@ -981,6 +981,19 @@ def test_episode_bookkeeping_counts_once():
             shared.begin_episode(mask)
 
 
+def test_compiled_encoders_and_autocast():
+    encoder, policy, task = parts()
+    plain = PolicyAdapter(encoder, policy, task, augment=RandomCrop(CROP), lr=1e-2)
+    compiled = PolicyAdapter(torch.compile(encoder, backend="eager"), policy, task, augment=RandomCrop(CROP), lr=1e-2)
+    mixed = PolicyAdapter(encoder, policy, task, augment=RandomCrop(CROP), lr=1e-2)
+    for transition in stream(4):
+        expected = plain.observe(*transition)
+        assert compiled.observe(*transition) == pytest.approx(expected, rel=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mixed.observe(*transition) == pytest.approx(expected, rel=0.1)
+    assert all(p.dtype == torch.float32 for p in mixed.adapted.values())
+
+
 def test_unused_weights_of_copies_do_not_decay():
     _, policy, task = parts()
 
@@ -1173,25 +1186,27 @@ def test_environments_that_write_into_their_own_observation():
         env.step(1.7)
 
 
-@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
-def test_vector_environments_never_pair_two_episodes(mode):
+@pytest.mark.parametrize("per_env", [False, True])
+@pytest.mark.parametrize("buffer", [0, 6])
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP", "DISABLED"])
+def test_vector_environments_never_pair_two_episodes(mode, buffer, per_env):
     gymnasium = pytest.importorskip("gymnasium")
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
     from outlast.adapt import AdaptedEnv
 
     class Numbered(gymnasium.Env):
-        """A picture of 100 times the episode plus the step."""
+        """A picture of 20 times the episode plus the step; episodes of random length."""
 
         observation_space = gymnasium.spaces.Box(0, 255, (1, 4, 4), np.uint8)
         action_space = gymnasium.spaces.Box(-1.0, 1.0, (A,), np.float32)
 
-        def __init__(self, length):
-            self.length, self.episode = length, -1
+        def __init__(self, seed):
+            self.draws, self.episode = np.random.default_rng(seed), -1
 
         def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
-            self.episode, self.t = self.episode + 1, 0
+            self.episode, self.t, self.length = self.episode + 1, 0, int(self.draws.integers(2, 7))
             return self._look(), {}
 
         def step(self, action):
@@ -1199,7 +1214,7 @@ def test_vector_environments_never_pair_two_episodes(mode):
             return self._look(), 0.0, False, self.t == self.length, {}
 
         def _look(self):
-            return np.full((1, 4, 4), 50 * self.episode + self.t, np.uint8)
+            return np.full((1, 4, 4), 20 * self.episode + self.t, np.uint8)
 
     class Recorder(AuxTask):
         def __init__(self):
@@ -1208,23 +1223,34 @@ def test_vector_environments_never_pair_two_episodes(mode):
             self.weight = nn.Parameter(torch.zeros(()))
 
         def loss(self, encoder, obs, action, next_obs):
-            numbers = [(255.0 * x[:, 0, 0, 0]).round().long().tolist() for x in (obs, next_obs)]
-            self.pairs_seen.append(set(zip(*numbers, strict=True)))
+            if not per_env:  # inside vmap values cannot be looked at
+                numbers = [(255.0 * x[:, 0, 0, 0]).round().long().tolist() for x in (obs, next_obs)]
+                self.pairs_seen.append(set(zip(*numbers, strict=True)))
             return (encoder(obs) * self.weight).sum()
 
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-    made = PolicyAdapter(encoder, nn.Linear(4, A), Recorder(), batch=2, warmup=1, episodic=False)
+    made = PolicyAdapter(encoder, nn.Linear(4, A), Recorder(), batch=4, warmup=1, episodic=False, buffer=buffer, per_env=per_env)
     env = AdaptedEnv(SyncVectorEnv([lambda: Numbered(3), lambda: Numbered(5)], autoreset_mode=AutoresetMode[mode]), made)
     env.reset(seed=0)
     draws = np.random.default_rng(0)
     for _ in range(14):
-        env.step(draws.uniform(-1.0, 1.0, (2, A)).astype(np.float32))
+        *_, terminated, truncated, _ = env.step(draws.uniform(-1.0, 1.0, (2, A)).astype(np.float32))
+        over = np.logical_or(terminated, truncated)
+        if mode == "DISABLED" and over.any():
+            env.reset(options={"reset_mask": over})
     with pytest.raises(ValueError, match="not in"):
         env.step(np.full((2, A), 7.0, np.float32))
+    assert made.report.updates > 5
+    if per_env:
+        kept = [entry for each in made._copies.all for entry in each._recent]
+        pairs = {(int(before[0, 0, 0]), int(after[0, 0, 0])) for before, _, after in kept}
+        assert bool(pairs) == bool(buffer)
+        assert all(after == before + 1 and before % 20 for before, after in pairs)
+        return
     pairs = set().union(*made.aux.pairs_seen)
     assert len(pairs) > 6
     assert all(after == before + 1 for before, after in pairs)
-    assert not any(before % 50 == 0 for before, _ in pairs)  # the warm-up of every episode
+    assert not any(before % 20 == 0 for before, _ in pairs)  # the warm-up of every episode
 
 
 @pytest.mark.parametrize("algorithm", ["SAC", "PPO", "A2C"])
