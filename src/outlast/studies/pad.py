@@ -275,7 +275,8 @@ def _draw_strip(figure: Any, results: Results) -> None:
             if step in shown:
                 ax = row[shown[step]]
                 ax.imshow(env.render())
-                ax.set_title(f"step {step}" if name == "frozen" else f"{env.distance:.2f} away", fontsize="small")
+                away = f"{env.distance:.2f} away"
+                ax.set_title(f"step {step}\n{away}" if name == "frozen" else away, fontsize="small")
             if step < len(actions):
                 env.step(actions[step])
         for ax in row:
