@@ -14,7 +14,7 @@ labels = data.labels[:2000]
 model = nn.Sequential(nn.Linear(images.shape[1], 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
 mixup = MixUp(alpha=0.4, num_classes=10, generator=torch.Generator().manual_seed(0))
-memory = GradientProjectionMemory(model, threshold=0.9)
+memory = GradientProjectionMemory(model, threshold=0.97)
 memory.attach(optimizer)
 
 
@@ -23,7 +23,9 @@ def accuracy(rows):
         return (model(images[rows]).argmax(1) == labels[rows]).float().mean()
 
 
-tasks = [(labels < 5).nonzero()[:, 0], (labels >= 5).nonzero()[:, 0]]
+shuffled = images[:, torch.randperm(784)]  # the second task: the same digits, their pixels in another order
+images, labels = torch.cat([images, shuffled]), torch.cat([labels, labels])
+tasks = torch.arange(len(images)).chunk(2)
 for number, rows in enumerate(tasks):
     for batch in rows[torch.randperm(len(rows))].split(64):
         mixed, targets = mixup(images[batch], labels[batch])  # once a step, outside of the closure

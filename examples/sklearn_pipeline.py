@@ -13,16 +13,16 @@ means = draws.gamma(2.0, 1.0, (30, 64))  # features after a ReLU, of 30 classes 
 
 def features(classes, each):
     labels = np.repeat(classes, each)
-    return np.abs(means[labels] + 0.4 * draws.standard_normal((len(labels), 64))), labels
+    return np.abs(means[labels] + 1.5 * draws.standard_normal((len(labels), 64))), labels
 
 
 base, base_labels = features(np.arange(25), 100)
-statistics = BaseStatistics.from_features(base, base_labels)
+statistics = BaseStatistics.from_features(base, base_labels, tukey=0.5)
 novel, labels = features(np.arange(25, 30), 20)
 
 model = make_pipeline(
     FunctionTransformer(np.nan_to_num),
-    DistributionCalibration(statistics, random_state=0),
+    DistributionCalibration(statistics, base_tukey=True, random_state=0),
 )
 one_of_each = [np.flatnonzero(labels == c)[0] for c in range(25, 30)]
 rest = np.setdiff1d(np.arange(len(labels)), one_of_each)

@@ -21,9 +21,8 @@ class TrainTheTask(BaseCallback):
     def _on_step(self):
         if self.num_timesteps > 50:
             batch = self.model.replay_buffer.sample(16)
-            self.loss = joint_step(
-                encoder, aux, optimizer, *(x.byte() for x in (batch.observations,)), batch.actions, batch.next_observations.byte()
-            )
+            frames = batch.observations.byte(), batch.actions, batch.next_observations.byte()
+            self.loss = joint_step(encoder, aux, optimizer, *frames)
         return True
 
 

@@ -24,6 +24,11 @@ def test_links_between_files_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.search(r"^[A-Z_]{6,}$", page.read_text(), re.MULTILINE)
+
+
 def test_study_of_the_documents_runs(tmp_path):
     from outlast.cli._progress import QuietProgress
     from outlast.studies._grid import Launch, Plan

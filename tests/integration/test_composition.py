@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from compositions import ALL, APART, NO_PARTS, STEPS, WithMemory, in_two
 from helpers import in_processes, same
+from torch.utils._pytree import tree_leaves
 
 KINDS = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
 
@@ -40,7 +43,7 @@ def test_resumption_is_bit_for_bit(kind, tmp_path):
         half.run(range(cut))
         torch.save(half.state(), tmp_path / "state.pt")
         resumed = kind(plain)
-        resumed.load(torch.load(tmp_path / "state.pt", weights_only=False))
+        resumed.load(torch.load(tmp_path / "state.pt", weights_only=True))
         assert same(expected, resumed.run(range(cut, STEPS)))
 
 
@@ -115,10 +118,13 @@ def test_tent_follows_other_trainings():
     made.model.insert(1, torch.nn.LayerNorm(8))
     made.run(range(STEPS // 2 + 1))
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    held = copy.deepcopy(made.memory.state_dict())
     adapted = Tent(made.model, lr=1e-2)
     adapted(made.batch(7)[0])
     assert adapted.report.updates == 1
     assert all(torch.equal(value, made.model.state_dict()[name]) for name, value in before.items())
+    for now, then in zip(tree_leaves(made.memory.state_dict()), tree_leaves(held), strict=True):
+        assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now == then
 
 
 def test_calibration_follows_adaptation():

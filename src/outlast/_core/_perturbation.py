@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -140,6 +140,3 @@ def select_samples(batch: Batch, index: Tensor) -> Batch:
 def is_weight_name(name: str) -> bool:
     """Whether ASAM scales a parameter of this name: the official rule, which includes norm layers' weights."""
     return "weight" in name
-
-
-Sync = Literal["local", "global"]

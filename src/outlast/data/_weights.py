@@ -52,7 +52,7 @@ WEIGHTS: Mapping[str, WeightsInfo] = {
         ),
         WeightsInfo(
             "cifar10-resnet56",
-            "the same at depth 56, 853,018 weights",
+            "residual network of depth 56 for CIFAR-10, 853,018 weights",
             "BSD-2-Clause (Yerlan Idelbayev)",
             _SOURCE,
             "cifar10_resnet56.safetensors",

@@ -85,11 +85,6 @@ def row_name(setting: str, arm: str) -> str:
     return f"{setting}/{arm}" if setting else arm
 
 
-def scale_of(part: Part, name: ScaleName) -> Scale | None:
-    """A part's scale; None where the part has none of that name (it starts at a larger one)."""
-    return part.scales.get(name)
-
-
 def chosen_parts(study: Study, scale: ScaleName, names: Sequence[str]) -> list[Part]:
     """The parts to run: those named, else all that have this scale.
 
