@@ -194,5 +194,5 @@ def main() -> None:
     sac = PixelSAC(PixelReach())
     small = (sac.encoder, sac.policy, sac.aux)
     rows = _steps("3 convolutions, 28 px, 16 crops", small, 28, 24, 16, 60)
-    rows += _steps("11 convolutions, 100 px, 32 crops", _large(), 100, 84, 32, 20)
+    rows += _steps("11 convolutions, 100 px, 32 crops", _large(), 100, 84, 32, 12)
     write("pad", [*rows, *_around(small), *_environments(small)])

@@ -421,7 +421,7 @@ _DEPLOYMENT = Part(
                 _with("distract", _EVERYWHERE),
                 _with("texture", _EVERYWHERE),
             ),
-            minutes=30,
+            minutes=100,
         ),
     },
     deviations=(
@@ -483,7 +483,7 @@ _REPAIR = Part(
                 _with("texture", ("first",)),
             ),
             changes={"share": "features"},
-            minutes=25,
+            minutes=60,
         ),
     },
     deviations=(
