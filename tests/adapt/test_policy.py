@@ -706,6 +706,37 @@ def test_acting_goes_on_while_a_worker_computes():
     assert (made.report.updates, made.report.skipped, made.report.seen) == (1, 1, 2)
 
 
+def test_without_crops_one_row_is_used_and_the_callers_array_may_change():
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow(InverseDynamics):
+        def loss(self, *args):
+            started.set()
+            assert go_on.wait(20.0)
+            return super().loss(*args)
+
+    encoder, policy, task = parts()
+    x, action, y = stream(1)[0]
+    images = [image[None, :, 1:9, 1:9].float() / 255.0 for image in (x, y)]
+    plain = PolicyAdapter(encoder, policy, task, batch=8)
+    expected = plain.observe(images[0], action[None], images[1])
+    assert plain.report.used == 1
+    slow = Slow(8, A, hidden=16)
+    slow.load_state_dict(task.state_dict())
+    made = PolicyAdapter(encoder, policy, slow, batch=8)
+    arrays = [image.clone() for image in images]
+    assert made.observe_async(arrays[0], action[None], arrays[1])
+    assert started.wait(20.0)
+    for array in arrays:
+        array.zero_()
+    go_on.set()
+    assert made.finish() == pytest.approx(expected, rel=1e-6)
+    assert made.report.used == 1
+    assert made.departure() == pytest.approx(plain.departure(), rel=1e-5)
+    with pytest.raises(UnsupportedError, match="reports"):
+        adapter(per_env=True).loss(x, action, y)
+
+
 def test_a_policy_without_a_head_is_no_state():
     made = adapter()
     state = {name: value for name, value in made.state_dict().items() if not name.startswith("aux.")}
@@ -1113,7 +1144,7 @@ def reach_parts(stack=3):
 
 
 def test_environments_feed_their_adapter():
-    pytest.importorskip("gymnasium")
+    gymnasium = pytest.importorskip("gymnasium")
     from outlast.adapt import AdaptedEnv
     from outlast.rl import FrameStack, PixelReach
 
@@ -1139,6 +1170,13 @@ def test_environments_feed_their_adapter():
     again.reset(seed=0)
     obs, *_ = again.step(torch.zeros(2))  # a tensor, as act() gives it
     assert again.adapter.report.seen == 17
+    copies = AdaptedEnv(
+        gymnasium.vector.SyncVectorEnv([PixelReach] * 2), PolicyAdapter(*reach_parts(), augment=RandomCrop(24), per_env=True)
+    )
+    copies.reset(seed=0)
+    for _ in range(4):
+        copies.step(copies.action_space.sample())
+    assert copies.adapter.report.updates == 4  # each of two copies skips the first two of its steps
     given = PolicyAdapter(*reach_parts(), augment=RandomCrop(24), warmup=0)
     assert AdaptedEnv(PixelReach(), given).adapter._warmup == 0
     assert AdaptedEnv(PixelReach(), made).adapter._warmup == 2

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """Observations, actions, next observations."""
-Found = tuple[float, Sequence[Tensor | None], float]
-"""A loss, its gradients, and the seconds that they took."""
+Found = tuple[float, Sequence[Tensor | None], float, int]
+"""A loss, its gradients, the seconds that they took, and the transitions that they are of."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def loss_and_grads(task: TaskLoss, weights: dict[str, Tensor], batch: Rows, seco
     with torch.enable_grad():
         loss = functional_call(task, weights, batch)
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    return float(loss.detach()), grads, seconds + time.perf_counter() - start
+    return float(loss.detach()), grads, seconds + time.perf_counter() - start, len(batch[0])
 
 
 class Copies:
@@ -166,7 +166,7 @@ class Copies:
         for row, (place, value) in enumerate(zip(places, values.tolist(), strict=True)):
             own = self.all[place]
             of_loss = [None if name in unused else grads[name][row] for name in self._stacked]
-            stepped = own._stepped(value, own._with_penalty(of_loss), share)
+            stepped = own._stepped(value, own._with_penalty(of_loss), share, batch[0].shape[1])
             if stepped is not None:
                 found[place] = stepped
         return found
@@ -175,7 +175,7 @@ class Copies:
         """Names without a gradient, which an optimizer with weight decay must leave alone; vmap would give them zeros."""
         if self._unused is None:
             leaves = {name: value.detach().requires_grad_() for name, value in adapter.adapted.items()}
-            _, grads, _ = loss_and_grads(self._task, leaves, batch, 0.0)
+            _, grads, _, _ = loss_and_grads(self._task, leaves, batch, 0.0)
             self._unused = {name for name, grad in zip(leaves, grads, strict=True) if grad is None}
         return self._unused
 

@@ -386,11 +386,12 @@ class PolicyAdapter(nn.Module):
         """The task's loss on a transition (or one of each environment) as a gate looks at it: middle crops, nothing learnt or counted.
 
         Raises:
+            UnsupportedError: with ``per_env``.
             ValueError, TypeError: as :meth:`observe`.
         """
-        arrived = self._arrived(obs, action, next_obs, None, None, None, check_gate=False)
-        if self._copies is not None:
+        if self._per_env:
             raise UnsupportedError("with per_env=True the copies have losses of their own: see reports")
+        arrived = self._arrived(obs, action, next_obs, None, None, None, check_gate=False)
         return self._watched(arrived.before, arrived.action, arrived.after)
 
     def observe_async(
@@ -423,7 +424,10 @@ class PolicyAdapter(nn.Module):
             self._counters.skipped += 1
             return False
         start = time.perf_counter()
-        batch = self._drawn(rows)
+        before, done, after = self._drawn(rows)
+        if self._augment is None:  # then floats are still the caller's arrays, which may change while the worker reads
+            before, done, after = before.clone(), done.clone(), after.clone()
+        batch = before, done, after
         if self._worker is None:
             self._worker = copy.deepcopy(TaskLoss(self.encoder, self.aux))
         # Weights are written by this thread only, and only while no gradient is being computed: the worker reads them where they lie.
@@ -683,7 +687,7 @@ class PolicyAdapter(nn.Module):
         counters.seen += len(before)
         finite = _finite(before) & _finite(after)
         if bool(finite.all()):
-            self._last_obs = after
+            self._last_obs = after.clone()  # the caller's array may change
         ready = finite & arrived.counted & (steps >= self._warmup)
         if not bool(ready.any()) or counters.frozen:
             counters.skipped += 1
@@ -715,6 +719,7 @@ class PolicyAdapter(nn.Module):
                     guard._owned = False  # pyright: ignore[reportAttributeAccessIssue]
                 each = PolicyAdapter(self.encoder, self.policy, self.aux, **self._settings, guards=guards, generator=own)
                 each._threshold = self._threshold
+                each.default_warmup(self._warmup)  # an environment may have set it
                 return each
 
             self._copies = Copies(made, n)
@@ -884,9 +889,8 @@ class PolicyAdapter(nn.Module):
 
     def _batch_of(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Rows, Tensor]:
         """Copies of the newest transitions, and older ones from the buffer; and numbers that tell copies of one from another."""
-        copies, n = self._newest if self._buffer_size else self._batch, len(obs)
-        if self._augment is None and not self._buffer_size and type(self.aux).draw is AuxTask.draw:
-            copies = min(copies, n)  # equal copies have the gradient of one
+        n = len(obs)
+        copies = self._newest if self._buffer_size else self._rows_of(n)
         index = (torch.arange(copies, device=obs.device) + self._turn) % n
         self._turn = (self._turn + copies) % n if n > copies else 0  # more environments than copies take turns
         sources = index.cpu()
@@ -902,6 +906,11 @@ class PolicyAdapter(nn.Module):
             sources = torch.cat([sources, n + torch.tensor(drawn)])
             return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3))), sources
         return parts[0], sources
+
+    def _rows_of(self, n: int) -> int:
+        """Transitions in a batch for ``n`` environments: without crops and draws, equal copies have the gradient of one."""
+        equal = self._augment is None and not self._buffer_size and type(self.aux).draw is AuxTask.draw
+        return min(self._batch, n) if equal else self._batch
 
     def _drawn(self, rows: Rows) -> Rows:
         """A batch of transitions with their crops and whatever else the task draws."""
@@ -949,7 +958,7 @@ class PolicyAdapter(nn.Module):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-        return self._stepped(float(loss.detach()), grads, time.perf_counter() - start)
+        return self._stepped(float(loss.detach()), grads, time.perf_counter() - start, self._rows_of(len(rows[0])))
 
     def _with_penalty(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Gradients of a loss that was differentiated elsewhere, with those of what guards add."""
@@ -968,10 +977,10 @@ class PolicyAdapter(nn.Module):
         added = cast("tuple[Tensor | None, ...]", extra)
         return [a if b is None else b if a is None else a + b for a, b in zip(grads, added, strict=True)]
 
-    def _stepped(self, value: float, grads: Sequence[Tensor | None], seconds: float) -> float | None:
+    def _stepped(self, value: float, grads: Sequence[Tensor | None], seconds: float, used: int) -> float | None:
         """Take the optimizer's step with gradients of a loss (and penalties), and count it; no step where either is not finite.
 
-        ``seconds`` went into the gradients.
+        ``seconds`` went into the gradients, of the loss of ``used`` transitions.
         """
         start = time.perf_counter()
         counters, parameters = self._counters, list(self.adapted.values())
@@ -989,7 +998,7 @@ class PolicyAdapter(nn.Module):
             parameter.grad = None
         torch.clear_autocast_cache()  # autocast may hold copies of the parameters that just changed
         counters.updates += 1
-        counters.used += self._batch
+        counters.used += used
         counters.last_loss = value
         counters.loss = value if math.isnan(counters.loss) else _SMOOTHING * counters.loss + (1.0 - _SMOOTHING) * value
         counters.history.append((counters.updates, value))
@@ -1007,8 +1016,8 @@ class PolicyAdapter(nn.Module):
         if self._pending is None or not (wait or self._pending.done()):
             return None
         pending, self._pending = self._pending, None
-        value, grads, seconds = pending.result()
-        return self._stepped(value, self._with_penalty(grads), seconds)
+        value, grads, seconds, used = pending.result()
+        return self._stepped(value, self._with_penalty(grads), seconds, used)
 
     def _ready_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self._optimizer is None:
