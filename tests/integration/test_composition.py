@@ -27,7 +27,7 @@ def assert_close(left, right, tolerance):
 
 
 @KINDS
-def test_training_repeats_and_learns(kind):
+def test_training_repeats_and_moves_every_weight(kind):
     made = kind(plain)
     start = [p.detach().clone() for p in made.model.parameters()]
     first = made.run(range(STEPS))

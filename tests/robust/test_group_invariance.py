@@ -704,3 +704,20 @@ def test_sampler_repeats_by_epoch():
     again = balanced_sampler(partition, 8, generator=rng(2))
     again.set_epoch(2)
     assert list(again) == epochs[2]
+
+
+def test_the_ramp_counts_steps_of_an_optimizer():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    method = GroupInvariance(net, head="2", weight=4.0, ramp_steps=4)
+    method.set_groups(torch.arange(12) % 2)
+    x, y, i = torch.randn(12, 6), torch.arange(12) // 2 % 3, torch.arange(12)
+    handle = method.attach(optimizer)
+    weights = []
+    for _ in range(2):
+        weights += [method.loss(x, y, i).weight, method.loss(x, y, i).weight]  # two calls a step, as SAM makes them
+        optimizer.step()
+    assert weights == [1.0, 1.0, 2.0, 2.0]
+    handle.remove()
+    assert [method.loss(x, y, i).weight, method.loss(x, y, i).weight] == [3.0, 4.0]
