@@ -212,6 +212,7 @@ _ALL = (
 )
 
 DATASETS: Mapping[str, DatasetInfo] = {entry.name: entry for entry in _ALL}
+"""All image sets, by name."""
 
 
 def info(name: str) -> DatasetInfo:

@@ -71,6 +71,7 @@ TEXTS: Mapping[str, TextInfo] = {
         small={"train": 1_600_238, "valid": 200_050, "test": 200_037},
     )
 }
+"""All texts, by name."""
 
 
 def find_text(name: str, split: TextSplit, variant: Literal["full", "small"] = "full") -> Path:

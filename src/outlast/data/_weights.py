@@ -61,6 +61,7 @@ WEIGHTS: Mapping[str, WeightsInfo] = {
         ),
     )
 }
+"""All pretrained weights, by name."""
 
 
 def find_weights(name: str) -> Path:

@@ -43,8 +43,14 @@ CORRUPTIONS: tuple[str, ...] = (
     "pixelate",
     "jpeg_compression",
 )
+"""The fifteen of the benchmark."""
+
 HELD_OUT: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "saturate")
+"""Three on which settings may be chosen."""
+
 STAND_INS: tuple[str, ...] = ("motion_blur", "snow", "frost")
+"""Those made here by a procedure of our own, where the benchmark's code needs ImageMagick or photographs."""
+
 _CHUNK = 1000
 
 

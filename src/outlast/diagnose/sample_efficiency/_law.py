@@ -19,6 +19,8 @@ from outlast._core._typing import Float
 from outlast.errors import OutlastWarning
 
 Law = Literal["power", "power_floor", "broken"]
+"""Name of a law of learning curves: a power, one with a floor, or two powers that meet."""
+
 LAWS = ("power", "power_floor", "broken")
 _LEAST = {"power": 3, "power_floor": 4, "broken": 6}  # sizes that a law is fitted on
 _MODEL_ERROR = 0.02  # relative: laws are told apart by more than this, however small the noise
