@@ -24,6 +24,7 @@ NAMES = (
     "sample_efficiency",
 )
 
-for name in sys.argv[1:] or NAMES:
-    importlib.import_module(f"benchmarks.{name}").main()
-summarise(NAMES)
+if __name__ == "__main__":
+    for name in sys.argv[1:] or NAMES:
+        importlib.import_module(f"benchmarks.{name}").main()
+    summarise(NAMES)

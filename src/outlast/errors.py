@@ -1,7 +1,7 @@
 """The exceptions and the one warning category of the package.
 
 A user's mistake in an argument or in data is a plain ``ValueError`` or ``TypeError``. Everything else that the package
-raises derives from :class:`OutlastError` and also from the built-in class that callers expect.
+raises derives from ``OutlastError`` and also from the built-in class that callers expect.
 """
 
 from __future__ import annotations

@@ -560,9 +560,11 @@ def test_bad_numbers_are_skipped_and_counted():
             return super().loss(*args) * math.inf
 
     broken = PolicyAdapter(*parts()[:2], Bad(8, A, hidden=16), augment=RandomCrop(CROP))
+    untouched = [p.clone() for p in broken.adapted.values()]
     assert run(broken, stream(2)) == [None, None]
     assert {kind for _, kind in broken.report.events} == {"nonfinite"}
     assert all(torch.equal(a, b) for a, b in zip(before, made.adapted.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(untouched, broken.adapted.values(), strict=True))
 
 
 # ---- copies for environments, and a worker --------------------------------------------------------------------------------------------
@@ -745,11 +747,6 @@ def test_a_policy_without_a_head_is_no_state():
 
 
 # ---- traps that users fall into ----------------------------------------------------------------------------------------------------
-
-
-def frozen_action(made, obs):
-    with torch.no_grad():
-        return made.policy(made.encoder(obs[None, :, 1:9, 1:9].float() / 255.0))[0]
 
 
 def test_a_nan_gradient_of_a_finite_loss_changes_nothing():

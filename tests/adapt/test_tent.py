@@ -709,9 +709,11 @@ def test_ring_buffer_serves_single_rows():
     assert all(y.shape == (1, 5) for y in outputs)
     assert torch.equal(outputs[0], model(rows[:1]).detach())  # too few rows for statistics
     assert adapter.report.updates == len(rows) // 32
-    window = rows[20:52]
     torch.testing.assert_close(outputs[31], Norm(model)(rows[:32])[-1:], atol=1e-6, rtol=1e-6)
-    assert window.shape == (32, 6)
+    unchanged = Tent(model, lr=1e-12, guards=[RingBuffer(32, min_rows=8)])
+    for row in rows[:51]:
+        unchanged(row[None])
+    torch.testing.assert_close(unchanged(rows[51][None]), Norm(model)(rows[20:52])[-1:], atol=1e-6, rtol=1e-6)  # the last 32
     with pytest.raises(ValueError, match="RingBuffer holds rows"):
         adapter(torch.zeros(1, 7))
 

@@ -25,7 +25,6 @@ from outlast.errors import OutlastWarning, UnsupportedError
 
 favor_attention = inspect.unwrap(outlast.attention.favor_attention)  # shapes are checked by the function itself in the tests of bad input
 KINDS = ("positive", "hyperbolic", "trig", "relu", "elu1")
-SQUARE = dict.fromkeys(("query", "key", "value"), torch.zeros(4, 2, 4, 4))  # a batch as long as the sequence
 POSITIVE = ("positive", "hyperbolic", "relu", "elu1")
 
 

@@ -625,12 +625,9 @@ def test_scaled_projection_scales_each_step():
 # ---- loops ------------------------------------------------------------------------------------------------------------
 
 
-def run_tasks(model, memory, optimizer, tasks, *, start=0, step=None):
-    for task in range(start, tasks):
+def run_tasks(model, memory, optimizer, tasks):
+    for task in range(tasks):
         for batch in token_batches(3, seed=task):
-            if step is not None:
-                step(batch)
-                continue
             optimizer.zero_grad()
             cross_entropy(model, batch).backward()
             optimizer.step()
@@ -1047,14 +1044,13 @@ def test_weights_that_are_computed_are_held_with_the_rest():
 # ---- defects that were found once -------------------------------------------------------------------------------------
 
 
-def drift_of(model, memory, old, new, *, optimizer=None, attach=True, **settings):
+def drift_of(model, memory, old, new, *, optimizer=None, **settings):
     """How far outputs on old inputs move while others are learned."""
     memory.consolidate([old])
     model.eval()
     before = model(old).detach()
     optimizer = optimizer or SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    if attach:
-        memory.attach(optimizer, **settings)
+    memory.attach(optimizer, **settings)
     for _ in range(20):
         optimizer.zero_grad()
         out = model(new)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from outlast.diagnose import padding
-from outlast.diagnose.padding._arithmetic import same_padding, transposed, window
+from outlast.diagnose.padding._arithmetic import transposed, window
 from outlast.diagnose.padding._probe import _grid
 from outlast.errors import OutlastWarning, UnsupportedError
 
@@ -75,9 +75,10 @@ def test_output_lengths_are_torchs():
                             assert found.out == y.shape[-1]
 
 
-def test_same_padding_leans_the_other_way():
+def test_padding_as_tensorflow_does_leans_the_other_way():
     for n in range(4, 40):
-        left, right = same_padding(n, 3, 2, 1)
+        total = max((-(-n // 2) - 1) * 2 + 3 - n, 0)  # as much as ceil(n / 2) windows need, the odd one on the right
+        left, right = total // 2, total - total // 2
         assert window(n, 3, 2, 1, left, right).skew in (0, 1)
         assert window(n, 3, 2, 1, left, right).out == math.ceil(n / 2)
 

@@ -11,8 +11,9 @@ import toy_study
 
 from outlast.cli._progress import QuietProgress
 from outlast.report import render, write_report
+from outlast.studies import get, names
 from outlast.studies._grid import Launch, Plan
-from outlast.studies._run import run
+from outlast.studies._run import collect, run
 from outlast.studies._summary import not_run, summarise
 
 HOSTILE = '<script>document.title="broken"</script>"\'&<img src=x onerror=alert(1)>'
@@ -60,6 +61,32 @@ def test_verdicts_intervals_and_command_are_shown(summaries):
         "torch",
     ):
         assert text in page
+
+
+def test_cells_that_failed_leave_the_rest_of_the_page(tmp_path):
+    plan = Plan("toy_study:STUDY", "quick", 3, (), {"fail": "raise"}, Launch("cpu"))
+    summary = summarise(run(toy_study.STUDY, plan, tmp_path, QuietProgress()), "outlast run toy")
+    page = render([summary])
+    assert (summary.finished, summary.total) == (3, 6)
+    assert "Not drawn: more with seed 0 is not finished." in page
+    assert "told to fail" in page
+    assert [claim.verdict for claim in summary.claims] == ["undecided", "undecided"]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_study_without_a_finished_cell_is_a_section_of_undecided_claims(name, tmp_path):
+    study = get(name)
+    summary = summarise(collect(study, Plan(name, "quick", 3, (), {}, Launch("cpu")), tmp_path, print), f"outlast run {name}")
+    assert summary.finished == 0
+    assert {claim.verdict for claim in summary.claims} == {"undecided"}
+    assert study.title in render([summary])
+
+
+def test_a_mistake_in_a_complete_part_is_not_hidden(summaries):
+    part = summaries[0].parts[0]
+    broken = dataclasses.replace(part, figures=(dataclasses.replace(part.figures[0], alt=lambda results: 1 / 0),))
+    with pytest.raises(ZeroDivisionError):
+        render([dataclasses.replace(summaries[0], parts=(broken,))])
 
 
 def test_ids_are_unique(summaries):

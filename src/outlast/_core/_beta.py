@@ -77,7 +77,7 @@ def sample_lambda(
         alpha: first parameter, positive.
         beta: second parameter, positive; None for ``alpha``.
         shape: of the result.
-        law: ``"beta"``, or ``"tilde"`` for the weight of the first sample where labels are kept (:class:`BetaMoments`).
+        law: ``"beta"``, or ``"tilde"`` for the weight of the first sample where labels are kept (``BetaMoments``).
         generator: on the CPU; None for torch's own.
         dtype: of the result; the draw is made in float64.
 

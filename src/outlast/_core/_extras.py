@@ -9,7 +9,7 @@ from outlast.errors import MissingExtraError
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import ``module``, or raise :class:`MissingExtraError` naming the extra that brings it.
+    """Import ``module``, or raise ``MissingExtraError`` naming the extra that brings it.
 
     Args:
         module: dotted module name.

@@ -1,10 +1,55 @@
-"""Files that are whole or absent: written beside, synced, renamed."""
+"""Files that are whole or absent: written beside, synced, renamed; and files of arrays with a version."""
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
+import zipfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outlast.errors import DamagedFileError
+
+
+def save_arrays(path: str | Path, version: int, arrays: Mapping[str, Any]) -> None:
+    """Write an ``.npz`` with its version, whole or not at all.
+
+    Raises:
+        OSError: as ``write_whole``.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, version=np.asarray(version), **arrays)
+    write_whole(Path(path), buffer.getvalue())
+
+
+@contextmanager
+def load_arrays(path: str | Path, version: int, what: str) -> Generator[Any]:
+    """The arrays of ``save_arrays``, by name; nothing is unpickled. What goes wrong inside the block counts as damage, too.
+
+    Args:
+        path: of the file.
+        version: that can be read.
+        what: the file should hold, in the plural or without an article, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is of another version or kind, or damaged.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                found = int(data["version"])
+                if found == version:
+                    yield data
+        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+            raise DamagedFileError(f"{path} holds no {what} that can be read whole ({error})") from error
+    if found != version:
+        raise DamagedFileError(f"{path} has version {found}, this is version {version}")
 
 
 def write_whole(path: Path, data: bytes) -> None:

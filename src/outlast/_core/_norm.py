@@ -63,13 +63,26 @@ class BufferSnapshot:
 @contextmanager
 def eval_mode(model: nn.Module) -> Generator[None]:
     """Eval mode for the time of a measurement; afterwards every module's own flag is as it was."""
+    with _mode(model, training=False):
+        yield
+
+
+@contextmanager
+def train_mode(model: nn.Module) -> Generator[None]:
+    """Training mode for a while; afterwards every module's own flag is as it was."""
+    with _mode(model, training=True):
+        yield
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Generator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[object]) -> None:

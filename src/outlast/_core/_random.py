@@ -25,7 +25,7 @@ def derived_seed(seed: int, name: str, index: int = 0) -> int:
 
 
 def generator(seed: int, name: str, index: int = 0, *, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator seeded with :func:`derived_seed`."""
+    """A fresh generator seeded with ``derived_seed``."""
     return torch.Generator(device=device).manual_seed(derived_seed(seed, name, index))
 
 
@@ -35,12 +35,18 @@ def own_stream(given: torch.Generator | None, name: str) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int) -> Generator[None]:
-    """Python's, numpy's and torch's generators seeded inside, as they were before on leaving, after an exception too."""
+def seeded(seed: int, device: torch.device | None = None) -> Generator[None]:
+    """Python's, numpy's and torch's generators seeded inside, as they were before on leaving, after an exception too.
+
+    Of devices only the one that is named, or the current one if it is in use: naming none to torch would take all of them, with a
+    warning.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the user's code may use it
     try:
-        # Of devices only the current one, and only if it is in use: naming none would take all of them, with a warning.
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        if device is not None:
+            devices = [device] if device.type == "cuda" else []
+        else:
+            devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices):
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -98,7 +98,7 @@ class TestTimeAdapter(nn.Module):
         stats_prior: weight of the source in ``"blend"``, in rows.
         stats_momentum: share of each batch in ``"ema"``.
         params: ``"norm_affine"`` (scale and shift of all normalisation layers), a predicate of name and parameter, or
-            :func:`norm_affine_except`.
+            ``norm_affine_except``.
         optimizer: a factory such as ``lambda params: torch.optim.SGD(params, lr=2.5e-4, momentum=0.9)``; None takes Adam
             with ``lr`` and no weight decay. It is built at the first update.
         lr: of the default optimizer.
@@ -225,7 +225,7 @@ class TestTimeAdapter(nn.Module):
             return _detached(self._plain_forward(args, kwargs))
 
     def adapt(self, loader: Iterable[object], *, epochs: int = 1) -> ClassifierReport:
-        """Offline: go through unlabelled data ``epochs`` times, updating; then :meth:`predict` with the final model.
+        """Offline: go through unlabelled data ``epochs`` times, updating; then ``predict`` with the final model.
 
         Args:
             loader: batches as tensors, tuples or lists whose first entry is the input, or mappings of keyword arguments.
@@ -264,7 +264,7 @@ class TestTimeAdapter(nn.Module):
         """Back to the start: parameters, statistics, optimizer, guards, counters.
 
         Raises:
-            StateError: the source was not kept, or inside a :meth:`source` block.
+            StateError: the source was not kept, or inside a ``source`` block.
         """
         self._refuse_at_source("reset()")
         self._to_source()
@@ -310,7 +310,7 @@ class TestTimeAdapter(nn.Module):
         """A plain module with the adapted weights, on its own feet.
 
         Args:
-            batches: estimate the running statistics on these. Without them the module predicts as :meth:`predict` does:
+            batches: estimate the running statistics on these. Without them the module predicts as ``predict`` does:
                 with the source's or the running statistics, or (``stats="batch"``) with those of each batch.
 
         Raises:
@@ -379,7 +379,7 @@ class TestTimeAdapter(nn.Module):
             guard.restored()
 
     def freeze(self) -> None:
-        """Adapt no more until :meth:`reset`; calls go on predicting."""
+        """Adapt no more until ``reset``; calls go on predicting."""
         self._counters.frozen = True
         self.note("frozen")
 
@@ -724,7 +724,7 @@ class TestTimeAdapter(nn.Module):
         }
 
     def set_extra_state(self, state: Any) -> None:
-        """Take what :meth:`get_extra_state` gave.
+        """Take what ``get_extra_state`` gave.
 
         Raises:
             ValueError: another version, other adapted parameters or other guards.

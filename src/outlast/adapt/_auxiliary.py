@@ -79,8 +79,8 @@ class RandomCrop(nn.Module):
 class AuxTask(nn.Module):
     """Base of auxiliary tasks: a head whose loss needs no label and no reward.
 
-    Your own task overrides :meth:`loss`, and :meth:`baseline` if a predictor that ignores the observations has another loss than infinity.
-    A task that draws at random overrides :meth:`draw` and :meth:`compare` instead, so that it can be mapped over environments.
+    Your own task overrides ``loss``, and ``baseline`` if a predictor that ignores the observations has another loss than infinity.
+    A task that draws at random overrides ``draw`` and ``compare`` instead, so that it can be mapped over environments.
 
     Attributes:
         same_crop: whether both observations of a transition are cropped at one place.
@@ -105,11 +105,11 @@ class AuxTask(nn.Module):
         """Raise where ``n`` actions have a form that the task does not take; nothing by default."""
 
     def draw(self, obs: Tensor, action: Tensor, next_obs: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What :meth:`compare` takes: the transitions themselves, or what was made of them at random."""
+        """What ``compare`` takes: the transitions themselves, or what was made of them at random."""
         return obs, action, next_obs
 
     def compare(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
-        """The loss of what :meth:`draw` gave, a function of its arguments and the weights alone."""
+        """The loss of what ``draw`` gave, a function of its arguments and the weights alone."""
         return self.loss(encoder, obs, action, next_obs)
 
     def watch(self, encoder: Encoder, obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ def joint_step(
         obs: ``(B, C, H, W)``, uint8 or floats in [0, 1]; bytes are divided by 255.
         action: as executed.
         next_obs: what followed.
-        augment: a :class:`RandomCrop` crops both, at places of their own unless the task says otherwise; or any function of images and
+        augment: a ``RandomCrop`` crops both, at places of their own unless the task says otherwise; or any function of images and
             generator.
         scale: weight of the loss.
         generator: of crops and turns.

@@ -48,7 +48,7 @@ def entropy(logits: Shaped[Tensor, ...], dim: int = 1, reduction: Literal["mean"
 
 
 class Entropy(nn.Module):
-    """:func:`entropy` as a loss module."""
+    """``entropy`` as a loss module."""
 
     def __init__(self, dim: int = 1, reduction: Literal["mean", "sum", "none"] = "mean") -> None:
         super().__init__()

@@ -134,7 +134,7 @@ class Guard:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the state of :meth:`state_dict`."""
+        """Take the state of ``state_dict``."""
 
 
 class EntropyFilter(Guard):
@@ -305,7 +305,7 @@ class Anchor(Guard):
 
     Args:
         strength: 2000 for ImageNet in EATA, 1 for CIFAR in one peer, both with Fisher weights.
-        fisher: weight of each scalar by parameter name, as :meth:`fisher_of` computes it; None weighs all alike.
+        fisher: weight of each scalar by parameter name, as ``fisher_of`` computes it; None weighs all alike.
     """
 
     needs_source: ClassVar[bool] = True

@@ -20,7 +20,7 @@ def _block(name: str) -> str | None:
 
 
 class NormAffineExcept:
-    """The choice that :func:`norm_affine_except` makes."""
+    """The choice that ``norm_affine_except`` makes."""
 
     def __init__(self, last: int | tuple[str, ...]) -> None:
         self._last = last
@@ -55,10 +55,10 @@ class NormAffineExcept:
 def norm_affine_except(last: int | str | Sequence[str]) -> NormAffineExcept:
     """Scales and shifts of all normalisation layers but the last ones (SAR's advice for models without BatchNorm).
 
-    ::
-
-        Tent(vit, params=norm_affine_except(last=3))  # not the last three blocks, nor what follows them
-        Tent(resnet, params=norm_affine_except(last="layer4"))
+    ```python
+    Tent(vit, params=norm_affine_except(last=3))  # not the last three blocks, nor what follows them
+    Tent(resnet, params=norm_affine_except(last="layer4"))
+    ```
 
     Args:
         last: a number of numbered blocks (``blocks.11``, ``layer4.1``, ``encoder.layer.5``), counted from the output, or

@@ -47,7 +47,7 @@ _BYTES = 16.0  # floats beyond this are bytes that nobody divided by 255: normal
 
 @dataclass(frozen=True, repr=False)
 class PolicyAdaptReport(AdaptReport):
-    """An :class:`AdaptReport` of a policy.
+    """An ``AdaptReport`` of a policy.
 
     Attributes:
         departure: mean absolute difference between the adapted and the source policy's action on the newest observation (share of
@@ -142,21 +142,21 @@ class _Counters:
 class PolicyAdapter(nn.Module):
     """Acts with a policy and adapts its encoder to what it sees.
 
-    ::
-
-        adapter = PolicyAdapter(encoder, policy, aux, augment=RandomCrop(84), warmup=2)
-        obs, _ = env.reset()
-        adapter.begin_episode()
-        over = False
-        while not over:
-            action = adapter.act(obs)
-            next_obs, _, terminated, truncated, _ = env.step(action.cpu().numpy())
-            adapter.observe(obs, action, next_obs, terminated=terminated, truncated=truncated)
-            obs, over = next_obs, terminated or truncated
+    ```python
+    adapter = PolicyAdapter(encoder, policy, aux, augment=RandomCrop(84), warmup=2)
+    obs, _ = env.reset()
+    adapter.begin_episode()
+    over = False
+    while not over:
+        action = adapter.act(obs)
+        next_obs, _, terminated, truncated, _ = env.step(action.cpu().numpy())
+        adapter.observe(obs, action, next_obs, terminated=terminated, truncated=truncated)
+        obs, over = next_obs, terminated or truncated
+    ```
 
     Encoder, policy and task are copied together, so that what they share stays shared, and run in eval mode throughout; statistics of
     normalisation layers and everything that is not adapted keep their values bit for bit. The task must have been trained next to the
-    policy (:func:`joint_step`).
+    policy (``joint_step``).
 
     Args:
         encoder: of observations ``(N, C, H, W)`` in [0, 1] to features, shared with the policy.
@@ -165,21 +165,21 @@ class PolicyAdapter(nn.Module):
         optimizer: a factory such as ``lambda params: torch.optim.SGD(params, lr=1e-3)``; None takes Adam with ``lr``.
         lr: of the default optimizer. The authors' 1e-3 harms small networks where nothing has shifted; see the card.
         batch: transitions in a step, each with crops of its own.
-        augment: crops observations for the task, ``augment(images, generator)``; a :class:`RandomCrop` also gives the middle crop that the
+        augment: crops observations for the task, ``augment(images, generator)``; a ``RandomCrop`` also gives the middle crop that the
             policy acts on. None takes observations as they are.
         steps: updates for each transition.
-        episodic: every :meth:`begin_episode` starts again from the trained weights with a fresh optimizer.
+        episodic: every ``begin_episode`` starts again from the trained weights with a fresh optimizer.
         update_aux: whether the task's head learns, too.
         buffer: recent transitions that batches are filled up with; 0 takes the newest alone.
         newest: copies of the newest transition in a batch that a buffer fills up; None for a quarter.
-        gate: update only while the moving average (0.8/0.2) of the loss exceeds this; ``"auto"`` for what :meth:`calibrate` finds.
+        gate: update only while the moving average (0.8/0.2) of the loss exceeds this; ``"auto"`` for what ``calibrate`` finds.
         warmup: first steps of each episode that are skipped: frames of the stack - 1. None takes 0, or what ``AdaptedEnv`` finds.
         params: ``"all"`` parameters of the encoder, ``"norm_affine"``, or a predicate of name and parameter.
         per_env: one adapted copy for each environment instead of one that all share, computed together by ``torch.func.vmap``;
-            each has its own optimizer, buffer, guards, step numbers and draws, and :meth:`begin_episode` with a mask restores the
+            each has its own optimizer, buffer, guards, step numbers and draws, and ``begin_episode`` with a mask restores the
             chosen ones.
         max_ms: skip updates while their mean time exceeds this.
-        guards: those that need only the loss and the adapted parameters, and :class:`ActionWatch`.
+        guards: those that need only the loss and the adapted parameters, and ``ActionWatch``.
         act_fn: from the policy's output to the action, such as the most likely one of logits.
         generator: of crops, turns and the buffer's draws; a fixed one otherwise.
 
@@ -364,7 +364,7 @@ class PolicyAdapter(nn.Module):
             The loss of the last update; None where there was none.
 
         Raises:
-            StateError: an episode has ended and :meth:`begin_episode` was not called, or ``gate="auto"`` is not calibrated.
+            StateError: an episode has ended and ``begin_episode`` was not called, or ``gate="auto"`` is not calibrated.
             ValueError, TypeError: observations of another form, actions of another shape or type, NaN actions.
         """
         with torch.inference_mode(False):
@@ -387,7 +387,7 @@ class PolicyAdapter(nn.Module):
 
         Raises:
             UnsupportedError: with ``per_env``.
-            ValueError, TypeError: as :meth:`observe`.
+            ValueError, TypeError: as ``observe``.
         """
         if self._per_env:
             raise UnsupportedError("with per_env=True the copies have losses of their own: see reports")
@@ -397,18 +397,18 @@ class PolicyAdapter(nn.Module):
     def observe_async(
         self, obs: Any, action: Any, next_obs: Any, *, terminated: Any = None, truncated: Any = None, valid: Any = None
     ) -> bool:
-        """Like :meth:`observe`, without waiting: a worker thread computes the gradient, the next call that finds it ready takes the step.
+        """Like ``observe``, without waiting: a worker thread computes the gradient, the next call that finds it ready takes the step.
 
         Acting goes on meanwhile with the weights as they are, so weights change between two actions only. A transition that arrives while
         the worker is busy enters the buffer and is counted as skipped. When a step lands depends on the machine's speed, so runs do not
-        repeat bit for bit; :meth:`finish` waits.
+        repeat bit for bit; ``finish`` waits.
 
         Returns:
             Whether an update was begun.
 
         Raises:
             UnsupportedError: with ``per_env`` or ``steps`` above 1.
-            StateError, ValueError, TypeError: as :meth:`observe` does.
+            StateError, ValueError, TypeError: as ``observe`` does.
         """
         if self._per_env or self._steps > 1:
             raise UnsupportedError("observe_async() takes one shared encoder and steps=1: use observe()")
@@ -436,7 +436,7 @@ class PolicyAdapter(nn.Module):
         return True
 
     def finish(self) -> float | None:
-        """Wait for what :meth:`observe_async` has begun, and take its step: the loss, or None where nothing was pending."""
+        """Wait for what ``observe_async`` has begun, and take its step: the loss, or None where nothing was pending."""
         return self._settle()
 
     def begin_episode(self, mask: Any = None) -> None:
@@ -641,7 +641,7 @@ class PolicyAdapter(nn.Module):
             guard.restored()
 
     def freeze(self) -> None:
-        """Adapt no more until the next episode (``episodic``) or :meth:`reset`."""
+        """Adapt no more until the next episode (``episodic``) or ``reset``."""
         self._settle()
         if self._copies is not None:
             for each in self._copies.all:
@@ -1076,7 +1076,7 @@ class PolicyAdapter(nn.Module):
         }
 
     def set_extra_state(self, state: Any) -> None:
-        """Take what :meth:`get_extra_state` gave, as soon as the weights are loaded.
+        """Take what ``get_extra_state`` gave, as soon as the weights are loaded.
 
         Raises:
             ValueError: another version, other adapted parameters or other guards.
@@ -1091,7 +1091,7 @@ class PolicyAdapter(nn.Module):
         self._loaded = state
 
     def _take_state(self, state: dict[str, Any]) -> None:
-        """What :func:`_take_loaded` does once the weights are in place."""
+        """What ``_take_loaded`` does once the weights are in place."""
         device = device_of(self.encoder)
         load_guards(self._guards, state["guards"], device)
         parameters = list(self.adapted.values())

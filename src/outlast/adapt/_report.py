@@ -47,7 +47,7 @@ class AdaptReport(Result):
 
 @dataclass(frozen=True, repr=False)
 class ClassifierReport(AdaptReport):
-    """An :class:`AdaptReport` of a classifier.
+    """An ``AdaptReport`` of a classifier.
 
     Attributes:
         entropy: moving average (0.9/0.1, a batch a step) of the mean entropy of the returned predictions, in nats.

@@ -34,7 +34,6 @@ class Statistics:
         self.prior = prior
         self.momentum = momentum
         self.layers = [module for module in model.modules() if isinstance(module, _NormBase) and has_running_statistics(module)]
-        self.always_batch = [module for module in model.modules() if is_batch_norm(module) and not has_running_statistics(module)]
         self._now: Mode = mode
         self._fixed = False
         self._running: list[tuple[Tensor, Tensor]] | None = None

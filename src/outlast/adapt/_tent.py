@@ -19,18 +19,18 @@ from outlast.adapt._guards import CollapseAlarm, EntropyFilter, Guard, Recovery
 class Tent(TestTimeAdapter):
     """Test-time entropy minimisation: batch statistics, and a step on scales and shifts for each batch predicted.
 
-    ::
+    ```python
+    adapted = Tent(model)
+    for images in stream:
+        logits = adapted(images)  # predicts, then adapts; the next batch gains
+    adapted.reset()
+    ```
 
-        adapted = Tent(model)
-        for images in stream:
-            logits = adapted(images)  # predicts, then adapts; the next batch gains
-        adapted.reset()
-
-    Most of the gain usually comes from the statistics alone: compare with :class:`Norm`. Give batches of 50 rows or more
-    of mixed classes; a class-ordered stream makes it worse than the source. :meth:`recommended` has guards.
+    Most of the gain usually comes from the statistics alone: compare with ``Norm``. Give batches of 50 rows or more
+    of mixed classes; a class-ordered stream makes it worse than the source. ``recommended`` has guards.
 
     Args:
-        model: see :class:`TestTimeAdapter`, whose arguments all are taken; ``steps`` must be at least 1.
+        model: see ``TestTimeAdapter``, whose arguments all are taken; ``steps`` must be at least 1.
     """
 
     def __init__(self, model: nn.Module, *, steps: int = 1, **settings: Any) -> None:
@@ -44,7 +44,7 @@ class Tent(TestTimeAdapter):
             model: the source model.
             guards: ``"safe"`` for those three; further ones are added to them, such as ``[Diversity(1.0)]`` where the
                 stream is known to be balanced.
-            **settings: of :class:`TestTimeAdapter`.
+            **settings: of ``TestTimeAdapter``.
         """
         if isinstance(guards, str):
             _checks.choice("guards", guards, ("safe",))
@@ -58,7 +58,7 @@ class Norm(TestTimeAdapter):
     """The baseline of Tent: statistics of the test data, no gradient.
 
     Args:
-        model: with BatchNorm layers; see :class:`TestTimeAdapter`, whose arguments are taken but those of the steps.
+        model: with BatchNorm layers; see ``TestTimeAdapter``, whose arguments are taken but those of the steps.
     """
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:

@@ -22,7 +22,7 @@ class AdaptedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     Args:
         env: observations ``(C, H, W)``, uint8 or floats in [0, 1].
-        adapter: as :class:`PolicyAdapter`.
+        adapter: as ``PolicyAdapter``.
 
     Attributes:
         adapter: as given.
@@ -180,10 +180,10 @@ class _OnPolicy(nn.Module):
 
 
 def from_sb3(model: Any) -> tuple[nn.Module, nn.Module]:
-    """Encoder and policy of a Stable-Baselines3 model, as :class:`PolicyAdapter` takes them.
+    """Encoder and policy of a Stable-Baselines3 model, as ``PolicyAdapter`` takes them.
 
     The modules are the model's own; the adapter copies them. Actions equal ``model.predict(obs, deterministic=True)``. The auxiliary task
-    must have been trained next to the policy (call :func:`joint_step` in a callback).
+    must have been trained next to the policy (call ``joint_step`` in a callback).
 
     Args:
         model: SAC, PPO or A2C with images and ``normalize_images`` (the default).

@@ -71,13 +71,13 @@ def attention_error(
     chunk_size: int = 128,
     warn_above: float = 0.2,
 ) -> AttentionErrorResult:
-    """Compare :func:`favor_attention` with exact attention, and warn where the estimate is poor.
+    """Compare ``favor_attention`` with exact attention, and warn where the estimate is poor.
 
     Exact attention is computed: time is quadratic in the length. Take queries and keys from the model in question, since the error
     depends on their norms more than on anything else.
 
     Args:
-        query: as :func:`favor_attention`, and so the rest.
+        query: as ``favor_attention``, and so the rest.
         key: keys.
         value: values.
         projection: random vectors.
@@ -90,10 +90,10 @@ def attention_error(
         warn_above: relative error from which a warning is given.
 
     Returns:
-        An :class:`AttentionErrorResult`.
+        An ``AttentionErrorResult``.
 
     Raises:
-        ValueError: as :func:`favor_attention`, or nothing to compare.
+        ValueError: as ``favor_attention``, or nothing to compare.
         TypeError: as there.
     """
     real("warn_above", warn_above, low=0.0, infinite=True)

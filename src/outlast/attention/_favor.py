@@ -167,12 +167,13 @@ def favor_attention(
     """Attention in linear time, called like ``torch.nn.functional.scaled_dot_product_attention``.
 
     With the maps ``positive`` and ``hyperbolic`` each weight is an unbiased estimate of the softmax weight before normalisation (lemma 1
-    of the paper); how good the estimate is depends on the norms of queries and keys: measure with :func:`attention_error`.
+    of the paper); how good the estimate is depends on the norms of queries and keys: measure with ``attention_error``.
 
-    Example::
-
+    Example:
+        ```python
         projection = draw_projection(256, head_dim=64, num_heads=8, generator=torch.Generator().manual_seed(0))
         out = favor_attention(q, k, v, is_causal=True, projection=projection)
+        ```
 
     Args:
         query: ``(..., H, Lq, d)``; three dimensions are ``(batch, length, d)``.
@@ -195,7 +196,7 @@ def favor_attention(
         eps: of the official stabiliser; not used otherwise.
 
     Returns:
-        ``(..., H, Lq, Dv)`` in the dtype of the query, and with ``return_state`` the :class:`FavorState`. A query that sees no key gives
+        ``(..., H, Lq, Dv)`` in the dtype of the query, and with ``return_state`` the ``FavorState``. A query that sees no key gives
         zeros.
 
     Raises:
@@ -270,11 +271,12 @@ def _official_features(problem: Problem, eps: float) -> tuple[Tensor, Tensor]:
 class FavorAttention(Redrawn):
     """FAVOR+ with its random vectors: a drop-in for ``scaled_dot_product_attention`` inside a layer, without parameters.
 
-    Example::
-
+    Example:
+        ```python
         attention = FavorAttention(head_dim=64, num_heads=8, layer=3)
         out = attention(q, k, v, is_causal=True)            # (B, 8, L, 64) each
         handle = redraw_after_steps(model, optimizer)       # fresh vectors every 1,000 steps of the optimizer
+        ```
 
     The vectors of draw i are a function of (seed, layer, i) alone: all processes and a resumed run agree without communication. They are
     buffers in the state dict. ``forward`` never draws, so checkpointing and compilation replay it exactly.
@@ -283,14 +285,14 @@ class FavorAttention(Redrawn):
         head_dim: d.
         num_heads: query heads; each has its own vectors (each group, with ``num_kv_heads``).
         num_features: random vectors of a head, M.
-        feature_map: as :func:`favor_attention`.
-        norms: as :func:`draw_projection`.
+        feature_map: as ``favor_attention``.
+        norms: as ``draw_projection``.
         redraw_interval: optimizer steps between draws, None for never.
         seed: of the draws.
         layer: place of the layer in its model: layers of one number and seed have the same vectors.
-        orthogonal: as :func:`draw_projection`.
+        orthogonal: as ``draw_projection``.
         num_kv_heads: key heads of grouped-query attention.
-        chunk_size: as :func:`favor_attention`.
+        chunk_size: as ``favor_attention``.
 
     Raises:
         ValueError: sizes below 1, unknown names, key heads that do not divide the query heads.
@@ -359,7 +361,7 @@ class FavorAttention(Redrawn):
         state: FavorState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, FavorState]:
-        """:func:`favor_attention` with this module's vectors; raises as that does."""
+        """``favor_attention`` with this module's vectors; raises as that does."""
         return favor_attention(  # pyright: ignore[reportCallIssue, reportUnknownVariableType]
             query,
             key,
@@ -404,14 +406,14 @@ class FavorAttention(Redrawn):
             query: ``(B, H, d)`` or ``(B, H, 1, d)``.
             key: likewise, with the key heads.
             value: likewise.
-            state: from :meth:`init_state`, from ``return_state=True``, or from the last step.
-            scale: as :func:`favor_attention`.
+            state: from ``init_state``, from ``return_state=True``, or from the last step.
+            scale: as ``favor_attention``.
 
         Returns:
             The output in the same form, and the new state.
 
         Raises:
-            ValueError: more than one position, or as :func:`favor_attention`.
+            ValueError: more than one position, or as ``favor_attention``.
         """
         single = query.ndim == 3
         q, k, v = (x[:, :, None] if single else x for x in (query, key, value))

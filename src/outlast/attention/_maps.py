@@ -56,7 +56,7 @@ class FeatureMap:
             weight: factor of each row, ``(N, C, 1)``, or None for 1.
             x_NCd: the rows.
             W: the projection.
-            scale: as in :meth:`features`.
+            scale: as in ``features``.
             query: whether these are queries, whose common factors cancel.
         """
         raise NotImplementedError

@@ -69,7 +69,7 @@ def redraw_after_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> Re
     Gradient accumulation counts once, since it steps once; a step that an AMP scaler skips does not count.
 
     Args:
-        model: holds :class:`FavorAttention` or :class:`RandomFeatureAttention` modules, or is one.
+        model: holds ``FavorAttention`` or ``RandomFeatureAttention`` modules, or is one.
         optimizer: the one whose steps count.
 
     Returns:

@@ -228,12 +228,13 @@ def rfa_attention(
     """Random feature attention, called like ``torch.nn.functional.scaled_dot_product_attention``.
 
     Queries and keys are brought to norm 1; the features then estimate a softmax of their cosines (section 3.1 of the paper). Not for
-    converting a pretrained model: its norms carry meaning; :func:`favor_attention` is.
+    converting a pretrained model: its norms carry meaning; ``favor_attention`` is.
 
-    Example::
-
+    Example:
+        ```python
         base = torch.randn(num_heads, 64, head_dim, generator=torch.Generator().manual_seed(0))
         out = rfa_attention(q, k, v, is_causal=True, projection=base / tau, log_gate=F.logsigmoid(gate_logits))
+        ```
 
     Args:
         query: ``(..., H, Lq, d)``.
@@ -255,7 +256,7 @@ def rfa_attention(
         return_state: also return the state after these keys.
 
     Returns:
-        ``(..., H, Lq, Dv)`` in the dtype of the query, and with ``return_state`` the :class:`RfaState`. A query that sees no key gives
+        ``(..., H, Lq, Dv)`` in the dtype of the query, and with ``return_state`` the ``RfaState``. A query that sees no key gives
         zeros.
 
     Raises:
@@ -290,26 +291,27 @@ def rfa_attention(
 class RandomFeatureAttention(Redrawn):
     """A whole attention layer with random features: projections of queries, keys, values and output, optionally a gate.
 
-    Example::
-
+    Example:
+        ```python
         layer = RandomFeatureAttention(512, num_heads=8, gate=True, causal=True)
         y = layer(x)                                        # (B, L, 512)
         handle = redraw_after_steps(model, optimizer)       # new random vectors after every step
 
         state = layer.init_state(B)                         # decoding, one position at a time
         y_t, state = layer.step(x_t, state)
+        ```
 
     In training the vectors of draw i are a function of (seed, layer, i), picked from a pool of ``pool_size`` matrices that is a function
     of the seed; in evaluation the layer uses vectors of its own that never change. Both are buffers. ``forward`` draws nothing.
 
-    Keep ``sigma`` out of weight decay: it is a temperature, and decay would flatten attention (:func:`rfa_parameter_groups`).
+    Keep ``sigma`` out of weight decay: it is a temperature, and decay would flatten attention (``rfa_parameter_groups``).
 
     Args:
         embed_dim: width of the input and output.
         num_heads: H; divides ``embed_dim``.
         num_features: random vectors of a head, D.
         gate: learn an exponential recency weight for each head (section 3.2 of the paper); needs causal attention.
-        feature_map: as :func:`rfa_attention`.
+        feature_map: as ``rfa_attention``.
         tau: temperature; smaller is sharper, and needs more features.
         learn_sigma: learn an elementwise factor of the random vectors, starting at 1.
         pool_size: matrices to pick from; None for fresh ones at every draw.
@@ -318,7 +320,7 @@ class RandomFeatureAttention(Redrawn):
         causal: whether attention is causal where a call does not say; False also forbids ``step``.
         bias: of the four projections.
         redraw_interval: optimizer steps between draws, None for never.
-        chunk_size: as :func:`rfa_attention`.
+        chunk_size: as ``rfa_attention``.
 
     Raises:
         ValueError: sizes below 1, heads that do not divide the width, ``tau`` not positive, a pool smaller than the number of heads, a
@@ -431,7 +433,7 @@ class RandomFeatureAttention(Redrawn):
             context: what to attend to, ``(B, Lk, embed_dim)``; x itself.
             key_padding_mask: ``(B, Lk)``, True for padding (the meaning that ``torch.nn.MultiheadAttention`` gives it).
             is_causal: the module's ``causal``, else False.
-            state: causal: what came before, for streams cut into segments. Not causal: a summary from :meth:`summarize`; without
+            state: causal: what came before, for streams cut into segments. Not causal: a summary from ``summarize``; without
                 ``context`` the queries attend to it alone.
             return_state: also return the state; True for causal calls with a state unless said otherwise.
 
@@ -440,7 +442,7 @@ class RandomFeatureAttention(Redrawn):
 
         Raises:
             ValueError: a gate without ``is_causal``, ``context`` in a causal call, causal attention on a module with ``causal=False``, or
-                as :func:`rfa_attention`.
+                as ``rfa_attention``.
         """
         causal = bool(self.causal) if is_causal is None else is_causal
         for name, each in (("x", x), ("context", context)):
@@ -556,14 +558,14 @@ class RandomFeatureAttention(Redrawn):
         """What becomes of the denominators on an input; warns where too many are replaced or negative.
 
         Args:
-            x: as :meth:`forward`, and so the rest.
+            x: as ``forward``, and so the rest.
             context: what to attend to.
             key_padding_mask: True for padding.
             is_causal: the module's ``causal``, else False.
             warn_above: share of replaced and negative denominators from which a warning is given.
 
         Raises:
-            ValueError: as :meth:`forward`, or no query sees a key.
+            ValueError: as ``forward``, or no query sees a key.
         """
         causal = bool(self.causal) if is_causal is None else is_causal
         run = self._run(x, context, key_padding_mask, causal, None)[2]
@@ -598,12 +600,13 @@ def rfa_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str
     """Parameters for an optimizer, with the temperatures ``sigma`` of random feature attention kept out of weight decay.
 
     Args:
-        model: holds any number of :class:`RandomFeatureAttention` layers.
+        model: holds any number of ``RandomFeatureAttention`` layers.
         weight_decay: for all other parameters.
 
-    Example::
-
+    Example:
+        ```python
         optimizer = torch.optim.AdamW(rfa_parameter_groups(model, weight_decay=0.1), lr=1e-3)
+        ```
     """
     temperatures = {id(module.sigma) for module in model.modules() if isinstance(module, RandomFeatureAttention)}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in temperatures]

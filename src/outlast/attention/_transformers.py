@@ -39,10 +39,10 @@ def convert_attention(
     """Replace softmax attention in a transformers model by FAVOR+, in place.
 
     Registers an attention function **and** a mask function (without the latter the library drops padding masks silently), then gives each
-    attention layer random vectors of its own, as a :class:`FavorAttention` named ``outlast_favor``. Before that, exact softmax attention
+    attention layer random vectors of its own, as a ``FavorAttention`` named ``outlast_favor``. Before that, exact softmax attention
     goes through the same two hooks on a padded batch and must reproduce the model's own output.
 
-    Without training the estimate is rough: measure with :func:`attention_error`, fine-tune, or train from scratch. In training,
+    Without training the estimate is rough: measure with ``attention_error``, fine-tune, or train from scratch. In training,
     ``redraw_after_steps(model, optimizer)`` redraws. ``model.set_attn_implementation("sdpa")`` brings exact attention back
     (the random vectors stay in the state dict). ``generate``
     works and keeps its cache of keys and values: each step costs time linear in the position, not constant. ``from_pretrained`` does not
@@ -52,12 +52,12 @@ def convert_attention(
     Args:
         model: a transformers model whose attention goes through the library's registry.
         num_features: random vectors of a head.
-        feature_map: as :func:`favor_attention`.
-        norms: as :func:`draw_projection`.
-        orthogonal: as :func:`draw_projection`.
-        redraw_interval: as :class:`FavorAttention`.
+        feature_map: as ``favor_attention``.
+        norms: as ``draw_projection``.
+        orthogonal: as ``draw_projection``.
+        redraw_interval: as ``FavorAttention``.
         seed: of the draws.
-        chunk_size: as :func:`favor_attention`.
+        chunk_size: as ``favor_attention``.
         example_inputs: keyword arguments of a forward pass for the control; random token ids with padding where the model takes
             ``input_ids``.
         tolerance: largest difference of the control from the model's own output, relative to its largest entry; never less than four
@@ -69,7 +69,7 @@ def convert_attention(
     Raises:
         MissingExtraError: transformers is not installed (extra ``text``).
         TypeError: not a transformers model.
-        ValueError: example inputs are needed, or settings that :class:`FavorAttention` refuses.
+        ValueError: example inputs are needed, or settings that ``FavorAttention`` refuses.
         UnsupportedError: attention does not go through the registry, needs masks over pairs (sliding windows, packed sequences), or the
             control does not agree. The model is then as it was.
     """

@@ -45,7 +45,7 @@ app = App(
 app.register_install_completion_command(help="Install completion of commands and options for your shell.")
 data_app = App(name="data", help="Which data sets are at hand, where they lie, and how to get the others.")
 app.command(data_app)
-diagnose_app = App(name="diagnose", help="Know your data: measurements that train nothing.")
+diagnose_app = App(name="diagnose", help="Know your network and your data, without training.")
 app.command(diagnose_app)
 
 Out = Annotated[Path, Parameter(help="Folder for results. Finished cells in it are never computed again.")]
@@ -103,6 +103,7 @@ def demo(
         progress.note(f"{len(chosen)} {'study' if len(chosen) == 1 else 'studies'} at quick scale; results and report go to {out}")
     page = out / "report.html"
     summaries: list[Summary] = []
+    _hide_gpus()
     with Helpers(out, processes - 1, chosen) as helpers:
         watched = StandStill(progress, helpers, lambda cell: get(cell.origin).part(cell.part).timed)
         for name in chosen:
@@ -120,6 +121,17 @@ def demo(
     return OK if all(s.not_run or (s.finished == s.total) for s in summaries) else FAILURE
 
 
+def _hide_gpus() -> None:
+    """Left visible, each optimizer step asks the driver how many there are: 0.3 ms, as long as a step of a small perceptron."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _gpu_at_hand() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @app.command
 def studies() -> int:
     """List what can be run: question, paper, parts, data and time at each scale."""
@@ -131,7 +143,7 @@ def studies() -> int:
         for part in study.parts:
             print(f"  part {part.name}: {part.question}")
             for claim in part.claims:
-                print(f"    claim ({', '.join(claim.scales)}): {claim.text}")
+                print(f"    claim ({', '.join(s for s in claim.scales if s in part.scales)}): {claim.text}")
             for scale_name, scale in part.scales.items():
                 wants = ", ".join(f"{data} ({_VARIANTS[variant]})" for data, variant in scale.data) or "none"
                 grid = sum(len(setting.arms or scale.arms) for setting in scale.settings)
@@ -173,6 +185,8 @@ def run(
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     chosen = get(study)
+    if accelerator == "cpu" or (accelerator == "auto" and not _gpu_at_hand()):
+        _hide_gpus()
     overrides: dict[str, str] = {}
     for item in set_ or []:
         key, equals, value = item.partition("=")
@@ -234,7 +248,7 @@ def report(
 @data_app.default
 def list_data() -> int:
     """List the data sets: what is embedded, what lies in OUTLAST_DATA, and how to get the rest."""
-    from outlast.data import DATASETS, TEXTS, WEIGHTS, data_folder, find, find_text, find_weights
+    from outlast.data import DATASETS, TEXTS, WEIGHTS, data_folder, find, find_catalogues, find_encoder, find_text, find_weights
     from outlast.errors import MissingDataError
 
     folder = data_folder()
@@ -258,12 +272,21 @@ def list_data() -> int:
             try:
                 where = str(find_text(name, split).parent)
             except MissingDataError:
-                where = "not at hand; put it into the folder that OUTLAST_DATA names"
+                where = f"not at hand; put {text.folder}/{text.files[split][0]} (or .xz) into the folder that OUTLAST_DATA names"  # pyright: ignore[reportArgumentType]
             print(f"  full {split}, {count:,} bytes: {where}")
     for name, weights in WEIGHTS.items():
         print(f"\n{name}: weights of a {weights.content}\n  licence: {weights.licence}\n  source: {weights.source}")
         try:
             print(f"  file: {find_weights(name)}")
+        except MissingDataError as error:
+            print(f"  {error}")
+    for name, content, extra, there in (
+        ("catalogues", "translated messages of Django and Wagtail (BSD-3-Clause)", "studies", lambda: ", ".join(find_catalogues())),
+        ("minilm", "the text encoder all-MiniLM-L6-v2 (Apache-2.0)", "text", lambda: str(find_encoder())),
+    ):
+        print(f"\n{name}: {content}, inside packages of the extra {extra}")
+        try:
+            print(f"  found: {there()}")
         except MissingDataError as error:
             print(f"  {error}")
     return OK

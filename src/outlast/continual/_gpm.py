@@ -70,19 +70,19 @@ class _Seen:
 class GradientProjectionMemory:
     """Stores what tasks need of each layer's input space, and keeps later training orthogonal to it.
 
-    ::
-
-        memory = GradientProjectionMemory(model, threshold=0.97)
-        memory.attach(optimizer)  # any torch optimizer; the training loop does not change
-        for task in tasks:
-            train(model, optimizer, task)
-            memory.consolidate(task.loader)  # store the directions that this task needs
+    ```python
+    memory = GradientProjectionMemory(model, threshold=0.97)
+    memory.attach(optimizer)  # any torch optimizer; the training loop does not change
+    for task in tasks:
+        train(model, optimizer, task)
+        memory.consolidate(task.loader)  # store the directions that this task needs
+    ```
 
     Layers: ``Linear``, ``Conv1d/2d/3d`` and their transposed forms with groups, transformers' ``Conv1D``, ``Embedding`` and
     ``EmbeddingBag``, tied heads, ``MultiheadAttention``, and any parameter that a module gives to the functional forms.
 
-    The trap that it takes care of: projecting the gradient, as the paper does, protects nothing with Adam, weight decay or
-    a kept momentum buffer, because the step leaves the subspace. The default ``mode="step"`` of :meth:`attach` restores
+    The trap that it takes care of: projecting the gradient, as the paper does, protects only in part with Adam, weight decay
+    or a kept momentum buffer, because the step leaves the subspace. The default ``mode="step"`` of ``attach`` restores
     each layer's anchor after the step, whatever made it.
 
     Args:
@@ -97,13 +97,13 @@ class GradientProjectionMemory:
             Biases of transposed convolutions have no joint form and are frozen with ``"augment"``.
         norm: BatchNorm (and InstanceNorm) from the first consolidation on: ``"freeze"`` affine and running statistics;
             ``"paper"`` learns affine in the first task and always normalises by the batch; ``"per_task"`` one set for each
-            task and any kind of norm layer, chosen by :meth:`set_task`; ``"free"``.
+            task and any kind of norm layer, chosen by ``set_task``; ``"free"``.
         other: everything else that is no linear map (LayerNorm, position embeddings, ...): ``"freeze"`` after the first task,
             ``"free"``, or ``"error"``.
         max_rank: cap of a layer's directions, a share of its width or a number.
         rank_rule: ``"official"`` stores one direction fewer in the first task, as the authors' code does.
         importance_scale: scaled projection (SGP) with this alpha: directions of little importance stay partly free.
-        keep_reference: keep a copy of constrained weights at each consolidation, which :meth:`interference` needs.
+        keep_reference: keep a copy of constrained weights at each consolidation, which ``interference`` needs.
 
     Raises:
         ValueError: a threshold or cap out of range, a pattern or name that matches nothing, no constrained layer, or with
@@ -197,7 +197,7 @@ class GradientProjectionMemory:
         force: bool = False,
         reset_state: bool = True,
     ) -> RemovableHandle:
-        """Constrain an optimizer's steps; nothing happens before the first :meth:`consolidate`.
+        """Constrain an optimizer's steps; nothing happens before the first ``consolidate``.
 
         Args:
             optimizer: any ``torch.optim`` optimizer, or several that share the parameters among them. SAM, Lightning's,
@@ -338,10 +338,10 @@ class GradientProjectionMemory:
 
         Args:
             batches: of the task just learned: tensors, tuples or lists with the input first, or mappings of keyword
-                arguments (``"labels"`` left out). None uses what :meth:`collect` saw.
+                arguments (``"labels"`` left out). None uses what ``collect`` saw.
             max_samples: stop after so many samples (over all processes); None takes all.
             forward: ``forward(model, batch)`` instead.
-            task: key of the task; its number by default. A key seen before is no new task for :meth:`set_task`.
+            task: key of the task; its number by default. A key seen before is no new task for ``set_task``.
 
         Raises:
             ValueError: no batches, or a layer's inputs are not finite.
@@ -379,7 +379,7 @@ class GradientProjectionMemory:
         return ConsolidationReport(key, tuple(reports), self.capacity, time.perf_counter() - start)
 
     def collect(self) -> AbstractContextManager[None]:
-        """Collect during an ordinary forward pass of the user's, for a :meth:`consolidate` without batches.
+        """Collect during an ordinary forward pass of the user's, for a ``consolidate`` without batches.
 
         Modes and gradients stay as the user has them: put the model in eval mode for the rows that it will see in use.
         """
@@ -581,7 +581,7 @@ class GradientProjectionMemory:
 
         ``down`` is A, shape ``(r, in_features)``. It is projected now and after each step, so that ``B A x = 0`` on every
         protected x, for every B. Attach the optimizer that trains it. At the end of the task merge the adapter into the
-        weight before :meth:`consolidate`, and constrain a fresh one.
+        weight before ``consolidate``, and constrain a fresh one.
 
         Args:
             layer: name of a linear layer, as in ``ranks``.
@@ -634,7 +634,7 @@ class GradientProjectionMemory:
         Args:
             batches: inputs of old tasks.
             max_samples: stop after so many samples.
-            forward: ``forward(model, batch)`` instead of the default of :meth:`consolidate`.
+            forward: ``forward(model, batch)`` instead of the default of ``consolidate``.
 
         Raises:
             StateError: nothing consolidated, or built with ``keep_reference=False``.
@@ -713,7 +713,7 @@ class GradientProjectionMemory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of a memory on a model with the same layers; attach the optimizer as before.
 
-        An adapter outside the model has no name in the state: a warning says that :meth:`constrain_adapter` must be called again.
+        An adapter outside the model has no name in the state: a warning says that ``constrain_adapter`` must be called again.
 
         Raises:
             ValueError: layers that differ in name, kind or shape, each named.

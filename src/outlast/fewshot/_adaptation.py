@@ -10,7 +10,6 @@ import copy
 import io
 import math
 import pickle
-import random
 import warnings
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -19,7 +18,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -29,7 +27,7 @@ from outlast._core._distributed import from_first, spread_buffers, sum_
 from outlast._core._files import write_whole
 from outlast._core._foreach import is_sharded
 from outlast._core._norm import eval_mode, has_running_statistics, is_batch_norm, recalibrate_batchnorm
-from outlast._core._random import derived_seed, generator
+from outlast._core._random import derived_seed, generator, seeded
 from outlast._core._result import JSON, to_json
 from outlast.errors import DamagedFileError, DivergedError, OutlastWarning, UnsupportedError
 from outlast.fewshot._pseudo_labels import PseudoLabels, pseudo_label, state_digest
@@ -135,7 +133,7 @@ def adapt_representation(
         target_loader: the same of ``(inputs, ids)`` (``outlast.data.Indexed``), with the deterministic test transform.
         epochs: passes over the target data.
         loss: None for ``StartupLoss()``. With contrast weight 0 ("no SS") there is no projector and one view.
-        views: two views of a batch of inputs, ``(2, B, ...)`` or a pair: :class:`TwoViews`. None: inputs are pairs of views
+        views: two views of a batch of inputs, ``(2, B, ...)`` or a pair: ``TwoViews``. None: inputs are pairs of views
             already, made in the data set; then give ``pseudo_labels``, made without augmentation.
         augment: of a source batch; None for none.
         optimizer: from parameters to an optimizer, of which the learning rate is then set; None for SGD with momentum 0.9 and
@@ -151,9 +149,9 @@ def adapt_representation(
         teacher_update: ``"ema"``: the labels of each step come from a moving average of the student (head included, which then
             starts as the teacher's) on the inputs as the loader gives them, sharpened to temperature 0.1.
         ema_momentum: of that average, per step.
-        batchnorm: as in :class:`StartupStudent`; ``"target"`` estimates the running statistics of the result on target data.
+        batchnorm: as in ``StartupStudent``; ``"target"`` estimates the running statistics of the result on target data.
         projection_dim: width of the projections.
-        micro_batch: target samples in memory at a time (:meth:`StartupLoss.backward_in_parts`); None for the whole batch.
+        micro_batch: target samples in memory at a time (``StartupLoss.backward_in_parts``); None for the whole batch.
         fabric: a launched Lightning Fabric for devices, precision and several processes; None runs where the teacher is.
         seed: of everything random.
         checkpoint_dir: folder of the file that a stopped run is taken up from; written after every epoch.
@@ -722,17 +720,8 @@ def _seeded(seed: int, name: str, device: torch.device, index: int = 0) -> Gener
 
     Transforms and dropout draw from them, and they are the user's: they cannot be given a generator.
     """
-    number = derived_seed(seed, name, index)
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is what is kept
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(number)
-        random.seed(number)
-        np.random.seed(number % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)  # noqa: NPY002
+    with seeded(derived_seed(seed, name, index), device):
+        yield
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

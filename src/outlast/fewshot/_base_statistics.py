@@ -6,11 +6,9 @@ needs no factorisation to sample from, and two of them are joined by putting the
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ import torch
 from torch import Tensor
 
 from outlast._core import _checks
-from outlast._core._files import write_whole
+from outlast._core._files import load_arrays, save_arrays
 from outlast._core._typing import Float
-from outlast.errors import DamagedFileError, OutlastWarning
+from outlast.errors import OutlastWarning
 from outlast.fewshot._transform import Negative, tukey_transform
 
 _VERSION = 1
@@ -31,12 +29,12 @@ _VERSION = 1
 class BaseStatistics:
     """Count, mean and covariance factor of each base class.
 
-    ::
+    ```python
+    base = BaseStatistics.from_features(features, labels)
+    ```
 
-        base = BaseStatistics.from_features(features, labels)
-
-    Features that come in parts: start empty, ``BaseStatistics(d)``, and call :meth:`partial_fit`; other processes' parts
-    come in by :meth:`merge`. Any division gives the statistics of all at once.
+    Features that come in parts: start empty, ``BaseStatistics(d)``, and call ``partial_fit``; other processes' parts
+    come in by ``merge``. Any division gives the statistics of all at once.
 
     Args:
         dim: width of the features.
@@ -96,13 +94,13 @@ class BaseStatistics:
         Args:
             features: ``(N, d)``, tensor or array. Untransformed for the official protocol.
             labels: ``(N,)``: integers or any hashable names.
-            tukey: transform the features with this power first (:func:`tukey_transform`); None leaves them as they are.
+            tukey: transform the features with this power first (``tukey_transform``); None leaves them as they are.
             rank: keep that many leading directions of each covariance (updates later keep all of theirs); None keeps all.
             min_count: leave out classes with fewer features, with a warning that names them; None refuses classes with one.
             max_bytes: refuse before anything is made if the statistics would take more.
             dtype: of means and factors.
             device: where they lie.
-            negative: as in :func:`tukey_transform`, with ``tukey``.
+            negative: as in ``tukey_transform``, with ``tukey``.
 
         Raises:
             ValueError: shapes that do not fit, values that are not finite, a class with one feature, too many bytes.
@@ -238,38 +236,31 @@ class BaseStatistics:
         if not all(isinstance(name, int | str) for name in labels):
             raise TypeError("only classes named by integers or strings can be saved")
         about = {
-            "version": _VERSION,
             "dim": self.dim,
             "tukey": self.tukey,
             "labels": labels,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         arrays: dict[str, Any] = {f"factor_{number}": _array(factor) for number, factor in enumerate(self.factors)}
-        buffer = io.BytesIO()
-        np.savez(buffer, about=np.array(json.dumps(about)), counts=self.counts.numpy(), means=_array(self.means), **arrays)
-        write_whole(Path(path), buffer.getvalue())
+        arrays |= {"about": np.array(json.dumps(about)), "counts": self.counts.numpy(), "means": _array(self.means)}
+        save_arrays(path, _VERSION, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> BaseStatistics:
-        """Read a file of :meth:`save`; nothing is unpickled.
+        """Read a file of ``save``; nothing is unpickled.
 
         Raises:
             FileNotFoundError: there is no such file.
             DamagedFileError: it is no such file.
         """
-        try:
-            with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-                about: dict[str, Any] = json.loads(str(file["about"]))
-                dtype: torch.dtype = getattr(torch, about["dtype"])
-                found = cls(about["dim"], tukey=about["tukey"], dtype=dtype)
-                found.labels = list(about["labels"])
-                found.counts = torch.from_numpy(file["counts"])
-                found.means = _tensor(file["means"], dtype)
-                found.factors = [_tensor(file[f"factor_{number}"], dtype) for number in range(len(found.labels))]
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise DamagedFileError(f"{path} is no file of base statistics, or is damaged: {error}") from error
+        with load_arrays(path, _VERSION, "base statistics") as file:
+            about: dict[str, Any] = json.loads(str(file["about"]))
+            dtype: torch.dtype = getattr(torch, about["dtype"])
+            found = cls(about["dim"], tukey=about["tukey"], dtype=dtype)
+            found.labels = list(about["labels"])
+            found.counts = torch.from_numpy(file["counts"])
+            found.means = _tensor(file["means"], dtype)
+            found.factors = [_tensor(file[f"factor_{number}"], dtype) for number in range(len(found.labels))]
         return found
 
     def __repr__(self) -> str:

@@ -26,7 +26,7 @@ class NearestMean(EpisodeClassifier):
 
     Args:
         tukey: power of the transform, 1 for none.
-        negative: as in :func:`tukey_transform`.
+        negative: as in ``tukey_transform``.
         normalize: ``"l2"`` brings features to length 1.
     """
 
@@ -52,7 +52,7 @@ class LogisticClassifier(EpisodeClassifier):
     Args:
         C: inverse strength of the penalty on the sum of losses.
         tukey: power of the transform, 1 for none.
-        negative: as in :func:`tukey_transform`.
+        negative: as in ``tukey_transform``.
         normalize: ``"l2"`` brings features to length 1.
         tol: of the gradient's largest entry.
         max_iter: most iterations.
@@ -104,7 +104,7 @@ def fewshot_baselines(X_s: Any, y_s: Any, X_q: Any, *, negative: Negative = "rai
         X_s: supports, ``(S, d)`` or ``(E, S, d)``.
         y_s: their classes.
         X_q: queries, ``(Q, d)`` or ``(E, Q, d)``.
-        negative: as in :func:`tukey_transform`.
+        negative: as in ``tukey_transform``.
 
     Returns:
         For each classifier (nearest mean; logistic regression on raw, Tukey, L2, Tukey and L2 features) its predictions.

@@ -29,11 +29,11 @@ _BATCH_BYTES = 96 << 20  # of rows; their copies side by side take three times a
 class DistributionCalibration(EpisodeClassifier):
     """Few-shot classifier that borrows mean and covariance of the nearest base classes.
 
-    ::
-
-        base = BaseStatistics.from_features(base_features, base_labels)
-        classifier = DistributionCalibration(base).fit(support_features, support_labels)
-        classifier.predict(query_features)
+    ```python
+    base = BaseStatistics.from_features(base_features, base_labels)
+    classifier = DistributionCalibration(base).fit(support_features, support_labels)
+    classifier.predict(query_features)
+    ```
 
     The trap that it takes care of: the official form compares power-transformed supports with untransformed base means, which
     works for activations of order 0.1 to 1 only; a warning says when it does not, and ``base_tukey=True`` with statistics of
@@ -46,7 +46,7 @@ class DistributionCalibration(EpisodeClassifier):
         dispersion: ``"ones"`` to every entry (the paper), ``"identity"`` to the diagonal.
         tukey: power of the transform of supports and queries, 1 for none.
         base_tukey: whether ``base`` was computed from features transformed with the same power.
-        negative: as in :func:`tukey_transform`.
+        negative: as in ``tukey_transform``.
         n_samples: drawn for each class in all; each support gives ``n_samples // shots``.
         head: ``"logistic"``, or ``"lda"`` (closed form, nothing is drawn).
         C: inverse strength of the logistic penalty on the sum of losses.

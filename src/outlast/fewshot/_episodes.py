@@ -84,7 +84,7 @@ class EpisodeSampler:
     """Index tensors of episodes; each is a function of (seed, number) alone, so any can be drawn again on its own.
 
     Classes are drawn uniformly without replacement, and so are samples inside a class. Samples are in the order of their
-    class: ``0 0 0 1 1 1 ...``, which :attr:`support_labels` and :attr:`query_labels` say.
+    class: ``0 0 0 1 1 1 ...``, which ``support_labels`` and ``query_labels`` say.
 
     Args:
         labels: class of each sample, ``(N,)``; any integers.
@@ -239,7 +239,7 @@ def evaluate_episodes(
         progress: called with (done, all) after each batch.
 
     Raises:
-        ValueError: as :class:`EpisodeSampler`, or features that are not finite or not as many as labels.
+        ValueError: as ``EpisodeSampler``, or features that are not finite or not as many as labels.
     """
     rows = torch.as_tensor(features) if not isinstance(features, Tensor) else features
     if rows.ndim != 2:

@@ -6,10 +6,8 @@ Phoo, Hariharan, ICLR 2021, section 3: computed once, never refreshed, neither s
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import warnings
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch.utils.data import RandomSampler
 
 from outlast._core import _checks
 from outlast._core._batches import call_with
-from outlast._core._files import write_whole
+from outlast._core._files import load_arrays, save_arrays
 from outlast._core._norm import eval_mode
 from outlast._core._result import Result
 from outlast.errors import DamagedFileError, OutlastWarning
@@ -159,33 +157,24 @@ class PseudoLabels(Result):
 
     def save(self, path: str | Path) -> None:
         """Write an ``.npz``, whole or not at all."""
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            version=np.asarray(_VERSION),
-            probs=self.probs.numpy(),
-            ids=self.ids.numpy(),
-            teacher=np.frombuffer(self.teacher_digest.encode(), np.uint8),
-            digest=np.frombuffer(self.digest.encode(), np.uint8),
-        )
-        write_whole(Path(path), buffer.getvalue())
+        arrays = {
+            "probs": self.probs.numpy(),
+            "ids": self.ids.numpy(),
+            "teacher": np.frombuffer(self.teacher_digest.encode(), np.uint8),
+            "digest": np.frombuffer(self.digest.encode(), np.uint8),
+        }
+        save_arrays(path, _VERSION, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> PseudoLabels:
-        """Read what :meth:`save` wrote; nothing is unpickled.
+        """Read what ``save`` wrote; nothing is unpickled.
 
         Raises:
             DamagedFileError: the file cannot be read whole, or its content is not what its digest says.
         """
-        try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
-                if int(data["version"]) != _VERSION:
-                    raise DamagedFileError(f"{path} has version {int(data['version'])}, this is version {_VERSION}")
-                probs, ids = torch.from_numpy(data["probs"]), torch.from_numpy(data["ids"])
-                teacher, digest = bytes(data["teacher"]).decode(), bytes(data["digest"]).decode()
-            found = cls(probs, ids, teacher)
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
-            raise DamagedFileError(f"{path} holds no pseudo-labels that can be read whole ({error})") from error
+        with load_arrays(path, _VERSION, "pseudo-labels") as data:
+            teacher, digest = bytes(data["teacher"]).decode(), bytes(data["digest"]).decode()
+            found = cls(torch.from_numpy(data["probs"]), torch.from_numpy(data["ids"]), teacher)
         if found.digest != digest:
             raise DamagedFileError(f"{path} is damaged: its digest is {found.digest[:12]}..., the file says {digest[:12]}...")
         return found
@@ -218,7 +207,7 @@ def pseudo_label(
             shuffles, logits that are not finite.
 
     Warns:
-        OutlastWarning: the teacher has collapsed or says nothing (:attr:`PseudoLabelSummary.problems`).
+        OutlastWarning: the teacher has collapsed or says nothing (``PseudoLabelSummary.problems``).
     """
     _checks.real("temperature", temperature, low=0.0, low_open=True)
     _checks.real("official_eps", official_eps, low=0.0)

@@ -151,7 +151,7 @@ class StartupLoss(nn.Module):
     Args:
         temperature: of NT-Xent.
         weights: of source, distillation and contrast.
-        gather: as in :func:`nt_xent`.
+        gather: as in ``nt_xent``.
 
     Raises:
         ValueError: a temperature that is not positive, weights that are negative or all zero.
@@ -307,7 +307,7 @@ class StartupLoss(nn.Module):
 
 
 class NTXentLoss(nn.Module):
-    """:func:`nt_xent` as a module."""
+    """``nt_xent`` as a module."""
 
     def __init__(self, temperature: float = 1.0, gather: Gather = False, reduction: Reduction = "mean") -> None:
         super().__init__()
@@ -321,7 +321,7 @@ class NTXentLoss(nn.Module):
 
 
 class SoftDistillationLoss(nn.Module):
-    """:func:`soft_distillation` as a module."""
+    """``soft_distillation`` as a module."""
 
     def __init__(self, reduction: Literal["batchmean", "sum", "none"] = "batchmean") -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class StartupStudent(nn.Module):
         projector: projections from features; None for "no SS".
         batchnorm: ``"separate"`` runs source and each view through the backbone on its own, so that BatchNorm normalises each
             with its own statistics (the authors' form); ``"joint"`` runs all of them at once; ``"target"`` is separate, and
-            :func:`adapt_representation` estimates running statistics on target data anew at the end.
+            ``adapt_representation`` estimates running statistics on target data anew at the end.
     """
 
     def __init__(

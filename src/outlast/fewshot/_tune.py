@@ -41,7 +41,7 @@ class TuningResult(Result):
     """What simulated episodes say.
 
     Attributes:
-        settings: the best settings of :class:`DistributionCalibration` (``n_samples=0``: no calibration).
+        settings: the best settings of ``DistributionCalibration`` (``n_samples=0``: no calibration).
         result: accuracy with them.
         plain: accuracy of the best settings without calibration.
         gain: paired difference of the two; of no use as a test, since the best was picked on the same episodes.
@@ -89,7 +89,7 @@ def tune_calibration(
         way: classes of an episode.
         shot: supports of each.
         query: test samples of each.
-        grid: settings of :class:`DistributionCalibration` to try beside the plain ones; None for a small grid of ours.
+        grid: settings of ``DistributionCalibration`` to try beside the plain ones; None for a small grid of ours.
         n_samples: of the grid's entries that do not say it themselves.
         held_out: share of the base classes that simulate novel ones (at least ``way``).
         episodes: how many.
@@ -197,7 +197,7 @@ def calibration_report(base: BaseStatistics, support: Tensor, *, k: int = 2, alp
         tukey: the power that ``support`` was transformed with.
 
     Raises:
-        ValueError: as :func:`calibrate`, or fewer than two base classes.
+        ValueError: as ``calibrate``, or fewer than two base classes.
     """
     if len(base) < 2:
         raise ValueError(f"a report needs at least two base classes, got {len(base)}")

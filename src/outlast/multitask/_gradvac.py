@@ -75,22 +75,24 @@ class _Pending:
 class GradVac:
     """Combines the gradients of several losses into ``.grad``, for any optimizer.
 
-    ::
-
-        vaccine = GradVac(optimizer, tasks=["de", "fr", "tr"])
-        optimizer.zero_grad()
-        vaccine.backward({"de": loss_de, "fr": loss_fr, "tr": loss_tr})
-        optimizer.step()
+    ```python
+    vaccine = GradVac(optimizer, tasks=["de", "fr", "tr"])
+    optimizer.zero_grad()
+    vaccine.backward({"de": loss_de, "fr": loss_fr, "tr": loss_tr})
+    optimizer.step()
+    ```
 
     Where the cosine of two tasks' gradients falls below its target, just enough of the other gradient is added to reach it.
     The target is a moving average of that cosine for each ordered pair and each group of parameters, or a fixed number.
     Vaccinating a task up-weights the others: compare with static weights equal to ``report.effective_weights``.
 
-    With one batch made of all tasks' rows, :meth:`rows` costs one forward and one backward pass in place of T::
+    With one batch made of all tasks' rows, ``rows`` costs one forward and one backward pass in place of T:
 
-        with vaccine.rows(ids):  # task number of each row
-            loss = loss_fn(model(inputs), labels)
-        loss.backward()
+    ```python
+    with vaccine.rows(ids):  # task number of each row
+        loss = loss_fn(model(inputs), labels)
+    loss.backward()
+    ```
 
     Under DistributedDataParallel give ``model``: its own reduction is switched off, and each task's gradient is averaged over
     the processes before any cosine is taken (averaged local cosines are another thing). Sharded models (FSDP2) work with a
@@ -112,8 +114,8 @@ class GradVac:
         reduction: ``"sum"`` of the tasks' gradients, or their ``"mean"``.
         rescale: ``"preserve"`` gives each group's gradient the norm of the plain sum.
         weights: static weights of the losses; tasks that are not named have 1.
-        engine: what :meth:`rows` does where a weight's use has no rows (parameters added to activations, ...): ``"layer"``
-            raises; ``"auto"`` takes a backward pass for each loss given to :meth:`backward`; ``"loop"`` always does.
+        engine: what ``rows`` does where a weight's use has no rows (parameters added to activations, ...): ``"layer"``
+            raises; ``"auto"`` takes a backward pass for each loss given to ``backward``; ``"loop"`` always does.
         debias: take the noise's share out of the norms of the cosine that feeds the moving average: each task's rows are
             split in two. Losses must then be one value a row.
         generator: of the order in which pairs are visited; None for one of its own, seeded with 0.
@@ -307,13 +309,13 @@ class GradVac:
         return self._loop(losses, None, counts, final=final)
 
     def combine(self, losses: Losses, *, counts: Mapping[Hashable, int] | None = None) -> Tensor:
-        """A scalar whose ``backward()`` does what :meth:`backward` does: for Lightning, Fabric and transformers' Trainer.
+        """A scalar whose ``backward()`` does what ``backward`` does: for Lightning, Fabric and transformers' Trainer.
 
         Its value is the (weighted) sum of the losses. The factor that comes in (loss scaling, division by accumulation
         steps) reaches every gradient. With gradient accumulation each micro-batch is combined by itself.
 
         Raises:
-            ValueError: as :meth:`backward`.
+            ValueError: as ``backward``.
         """
         if not torch.is_grad_enabled():  # an evaluation
             return self._total(losses)
@@ -815,7 +817,7 @@ class GradVac:
 
 
 class _Combine(torch.autograd.Function):
-    """The backward pass of :meth:`GradVac.combine`: goes back into the engine for each task."""
+    """The backward pass of ``GradVac.combine``: goes back into the engine for each task."""
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, value: Tensor, vaccine: GradVac, losses: Losses, counts: Any) -> Tensor:
@@ -840,9 +842,9 @@ class _Combine(torch.autograd.Function):
 
 
 def pcgrad(optimizer: Optimizer, tasks: Sequence[Hashable] | None = None, **settings: Any) -> GradVac:
-    """PCGrad (Yu et al., NeurIPS 2020): :class:`GradVac` with the fixed target 0, by default over the whole model.
+    """PCGrad (Yu et al., NeurIPS 2020): ``GradVac`` with the fixed target 0, by default over the whole model.
 
-    ``settings`` are those of :class:`GradVac` but ``target``.
+    ``settings`` are those of ``GradVac`` but ``target``.
     """
     chosen: dict[str, Any] = {"groups": "model", **settings, "target": 0.0}
     return GradVac(optimizer, tasks, **chosen)

@@ -127,7 +127,7 @@ def gradient_similarity(
         losses: for each task a loss (a scalar, or one value a row), or an iterable of batches together with ``loss_fn``.
             With batches the model is in eval mode, and a task's gradient is the mean over its rows.
         loss_fn: ``loss_fn(model, batch)``, the mean over the batch.
-        groups: as in :class:`GradVac`.
+        groups: as in ``GradVac``.
         debias: take the noise's share out of the norms, from the inner product of gradients of two halves of each task's
             rows: without it noise pulls every cosine towards 0. Each task must have rows of its own (losses on the same rows
             share their noise). Needs rows; with scalar losses a warning says that it is off.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from outlast import __version__
 from outlast._core._extras import require
 from outlast._core._files import write_whole
 from outlast.report._figures import draw
+from outlast.studies._design import Figure
+from outlast.studies._results import MissingCellError, Results
 from outlast.studies._statistics import Interval
 from outlast.studies._summary import JudgedClaim, Summary
 
@@ -30,10 +32,7 @@ def render(summaries: Sequence[Summary]) -> str:
     environment.filters["bounds"] = _bounds
     environment.filters["effect"] = _effect
     figures = {
-        (number, part.name, figure.name): {
-            "svg": environment.filters["safe"](draw(figure, part.results, identity=f"s{number}-{part.name}-{figure.name}")),
-            "alt": figure.alt(part.results),
-        }
+        (number, part.name, figure.name): _drawn(figure, part.results, f"s{number}-{part.name}-{figure.name}", environment.filters["safe"])
         for number, summary in enumerate(summaries)
         for part in summary.parts
         for figure in part.figures
@@ -53,6 +52,17 @@ def write_report(summaries: Sequence[Summary], path: Path) -> None:
         OSError: the place cannot be written.
     """
     write_whole(path, render(summaries).encode())
+
+
+def _drawn(figure: Figure, results: Results, identity: str, safe: Callable[[str], Any]) -> dict[str, Any]:
+    """The picture and its description; where cells are missing, the reason in its place, so that the rest of the page stands."""
+    try:
+        return {"svg": safe(draw(figure, results, identity=identity)), "alt": figure.alt(results)}
+    except Exception as error:
+        if not results.missing:
+            raise
+        reason = str(error) if isinstance(error, MissingCellError) else f"{results.missing[0]} is not finished"
+        return {"svg": "", "alt": f"Not drawn: {reason}."}
 
 
 def _number(value: float, digits: int) -> str:

@@ -23,7 +23,7 @@ _CHANNELS = 3
 
 
 class ControlEnv(gymnasium.Env[Pixels, npt.NDArray[np.float32]]):
-    """A task of the DeepMind Control Suite (extra ``rl``) that is seen as images; :class:`FrameStack` puts some in one observation.
+    """A task of the DeepMind Control Suite (extra ``rl``) that is seen as images; ``FrameStack`` puts some in one observation.
 
     Shadows, reflections, sky and multisampling are left out, which on a machine without a graphics card is many times faster and leaves the
     geometry alone. Actions in [-1, 1] are scaled to the task's own range. Episodes end by the task's time limit, as ``truncated``, unless

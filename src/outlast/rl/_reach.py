@@ -32,12 +32,12 @@ class PixelReach(gymnasium.Env[Observation, npt.NDArray[np.float32]]):
     as ``truncated``. Everything an episode draws, its look included, is a function of the seed given to ``reset``, so methods can be
     compared on the same episodes.
 
-    A uniformly random policy gets about 27 of 50, :meth:`expert` 49.
+    A uniformly random policy gets about 27 of 50, ``expert`` 49.
 
     Args:
         size: pixels a side.
         shift: how episodes look: None for the training scene, a name (``"color_easy"``, ``"color_hard"``, ``"distract"``, ``"texture"``,
-            ``"gain"``), or an object such as :class:`ColorShift` or :class:`VideoBackground`.
+            ``"gain"``), or an object such as ``ColorShift`` or ``VideoBackground``.
         seed: of the episodes where ``reset`` is given none.
         steps: time limit.
         stack: frames in an observation, the newest last; the first observation repeats the first frame.

@@ -63,7 +63,7 @@ class PixelEncoder(nn.Module):
 
 
 class PixelPolicy(nn.Module):
-    """Of features to the mean action; :meth:`sample` draws one."""
+    """Of features to the mean action; ``sample`` draws one."""
 
     def __init__(self, features: int, action_dim: int, width: int | None = 50, hidden: int = 128) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class _Critic(nn.Module):
 
 @dataclass(frozen=True)
 class SACSettings:
-    """Hyperparameters of :class:`PixelSAC`; the defaults are those of the study on :class:`PixelReach`.
+    """Hyperparameters of ``PixelSAC``; the defaults are those of the study on ``PixelReach``.
 
     Attributes:
         crop: pixels a side that the networks see.
@@ -148,7 +148,7 @@ class PixelSAC:
     ``sac.encoder``, ``sac.policy`` and ``sac.aux`` are what ``PolicyAdapter`` takes.
 
     Args:
-        env: image observations ``(stack * channels, S, S)`` in uint8, actions in [-1, 1]; :class:`PixelReach` or the like.
+        env: image observations ``(stack * channels, S, S)`` in uint8, actions in [-1, 1]; ``PixelReach`` or the like.
         stack: frames in an observation.
         aux: the auxiliary task, of features of the encoder; None takes inverse dynamics.
         augment: changes cropped images in [0, 1] before the networks see them, ``augment(images, generator)``: colour jitter, say. It is

@@ -61,7 +61,7 @@ class FrameReplay:
     """Transitions of stacked observations, of which every frame is kept once.
 
     The oldest frames make room. A stack never reaches over the beginning of its episode: there the first frame is repeated, as
-    :class:`FrameStack` does.
+    ``FrameStack`` does.
 
     Args:
         capacity: frames.

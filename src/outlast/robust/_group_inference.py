@@ -7,11 +7,9 @@ that risk and invariance are violated most. Creager, Jacobsen, Zemel, "Environme
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import warnings
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +25,13 @@ from outlast._core import _checks
 from outlast._core._batches import call_with, device_of
 from outlast._core._calls import eager
 from outlast._core._distributed import gather, spread_buffers, unwrapped, world_size
-from outlast._core._files import write_whole
+from outlast._core._files import load_arrays, save_arrays
 from outlast._core._norm import eval_mode, has_running_statistics, is_batch_norm
 from outlast._core._norm import recalibrate_batchnorm as recalibrate
 from outlast._core._random import generator as derived_generator
 from outlast._core._result import Result
 from outlast._core._typing import Float, Int
-from outlast.errors import DamagedFileError, OutlastWarning
+from outlast.errors import OutlastWarning
 
 Method = Literal["partition", "eiil", "loss", "error"]
 _VERSION = 1
@@ -67,7 +65,7 @@ class GroupPartition(Result):
     """Two groups in each class: 0 for what the cue explains, 1 for the rest. No evidence of a bias by itself.
 
     Without any bias group 1 is simply the hard examples, split off as cleanly and repeatably; see
-    :func:`outlast.diagnose.shortcuts.shortcut_probe`.
+    ``outlast.diagnose.shortcuts.shortcut_probe``.
 
     Attributes:
         groups: int64, shape ``(n,)``: 0, 1, or -1 for a number that no example had.
@@ -113,44 +111,36 @@ class GroupPartition(Result):
 
     def save(self, path: str | Path) -> None:
         """Write an ``.npz``, whole or not at all."""
-        buffer = io.BytesIO()
         entries = self.classes
-        np.savez(
-            buffer,
-            version=np.asarray(_VERSION),
-            groups=self.groups.numpy(),
-            scores=self.scores.numpy(),
-            labels=self.labels.numpy(),
-            summary=np.asarray([self.reference_accuracy, self.stability]),
-            class_labels=np.asarray([entry.label for entry in entries]),
-            sizes=np.asarray([entry.sizes for entry in entries]),
-            losses=np.asarray([entry.losses for entry in entries]),
-            objectives=np.asarray([entry.objective for entry in entries]),
-            split=np.asarray([entry.split for entry in entries]),
-            reasons=np.asarray([entry.reason for entry in entries]),
-        )
-        write_whole(Path(path), buffer.getvalue())
+        arrays = {
+            "groups": self.groups.numpy(),
+            "scores": self.scores.numpy(),
+            "labels": self.labels.numpy(),
+            "summary": np.asarray([self.reference_accuracy, self.stability]),
+            "class_labels": np.asarray([entry.label for entry in entries]),
+            "sizes": np.asarray([entry.sizes for entry in entries]),
+            "losses": np.asarray([entry.losses for entry in entries]),
+            "objectives": np.asarray([entry.objective for entry in entries]),
+            "split": np.asarray([entry.split for entry in entries]),
+            "reasons": np.asarray([entry.reason for entry in entries]),
+        }
+        save_arrays(path, _VERSION, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> GroupPartition:
-        """Read what :meth:`save` wrote; nothing is unpickled.
+        """Read what ``save`` wrote; nothing is unpickled.
 
         Raises:
             DamagedFileError: the file cannot be read whole.
         """
-        try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
-                if int(data["version"]) != _VERSION:
-                    raise DamagedFileError(f"{path} has version {int(data['version'])}, this is version {_VERSION}")
-                columns = (data[name].tolist() for name in ("class_labels", "sizes", "losses", "objectives", "split", "reasons"))
-                entries = tuple(
-                    ClassSplit(label, (s[0], s[1]), (m[0], m[1]), objective, split, reason)
-                    for label, s, m, objective, split, reason in zip(*columns, strict=True)
-                )
-                groups, scores, labels = (torch.from_numpy(data[name]) for name in ("groups", "scores", "labels"))
-                accuracy, stability = data["summary"].tolist()
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
-            raise DamagedFileError(f"{path} holds no partition that can be read whole ({error})") from error
+        with load_arrays(path, _VERSION, "partition") as data:
+            columns = (data[name].tolist() for name in ("class_labels", "sizes", "losses", "objectives", "split", "reasons"))
+            entries = tuple(
+                ClassSplit(label, (s[0], s[1]), (m[0], m[1]), objective, split, reason)
+                for label, s, m, objective, split, reason in zip(*columns, strict=True)
+            )
+            groups, scores, labels = (torch.from_numpy(data[name]) for name in ("groups", "scores", "labels"))
+            accuracy, stability = data["summary"].tolist()
         return cls(groups, scores, entries, accuracy, stability, labels)
 
 
@@ -283,7 +273,7 @@ def collect(
     device: torch.device | str | None,
     together: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As :func:`collect_features`, with the numbers of the examples where batches end in them.
+    """As ``collect_features``, with the numbers of the examples where batches end in them.
 
     ``together``: all processes take part, and go on with the first one's statistics.
     """

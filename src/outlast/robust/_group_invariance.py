@@ -57,31 +57,31 @@ class InvarianceLoss:
 class GroupInvariance:
     """Group-invariant predictions in a training loop.
 
-    ::
-
-        method = GroupInvariance(model, head="fc", weight=10.0, ramp_steps=5 * len(loader))
-        for epoch in range(epochs):
-            for x, y, i in loader:  # over outlast.data.Indexed(dataset)
-                loss = method.loss(x, y, i)
-                optimizer.zero_grad()
-                loss.total.backward()
-                optimizer.step()
-            if epoch == 1:
-                method.infer(evaluation_loader)  # over the same Indexed data set, without augmentation
+    ```python
+    method = GroupInvariance(model, head="fc", weight=10.0, ramp_steps=5 * len(loader))
+    for epoch in range(epochs):
+        for x, y, i in loader:  # over outlast.data.Indexed(dataset)
+            loss = method.loss(x, y, i)
+            optimizer.zero_grad()
+            loss.total.backward()
+            optimizer.step()
+        if epoch == 1:
+            method.infer(evaluation_loader)  # over the same Indexed data set, without augmentation
+    ```
 
     One forward pass a step: the penalty takes the features that the head got, through a detached copy of the head, so that
-    the head learns from the cross-entropy alone. A compiled model runs uncompiled in :meth:`loss`. Groups are inferred once; a
-    resumed training must restore them (:meth:`state_dict`), not infer them again.
+    the head learns from the cross-entropy alone. A compiled model runs uncompiled in ``loss``. Groups are inferred once; a
+    resumed training must restore them (``state_dict``), not infer them again.
 
     Args:
         model: classifier that gives logits ``(B, K)``, wrapped in DistributedDataParallel or not.
         head: the layer that turns features ``(B, D)`` into logits, or its name.
         weight: of the penalty after the ramp. No value fits all data, and too large a one is worse than none: choose it without
-            shifted data by :meth:`group_accuracy` and :meth:`choose_weight`.
+            shifted data by ``group_accuracy`` and ``choose_weight``.
         ramp_steps: steps over which the weight rises, from ``weight / ramp_steps`` at the first.
         balanced: balance the cross-entropy over groups; else take its plain mean.
         detach_head: give the penalty's gradient to the features alone.
-        divergence: of :func:`invariance_penalty`.
+        divergence: of ``invariance_penalty``.
         min_per_group: likewise.
 
     Raises:
@@ -131,15 +131,15 @@ class GroupInvariance:
         Args:
             loader: batches ``(inputs, labels, numbers)`` with the evaluation transform, over ``outlast.data.Indexed``. Of several
                 processes each must call this and may have its part; recalibrated statistics are the first one's.
-            recalibrate_batchnorm: as in :func:`collect_features`.
+            recalibrate_batchnorm: as in ``collect_features``.
             device: likewise.
-            options: for :func:`infer_groups`.
+            options: for ``infer_groups``.
 
         Returns:
             The partition, by number of the example; -1 for numbers that did not occur.
 
         Raises:
-            ValueError: batches without numbers; as :func:`collect_features` and :func:`infer_groups`.
+            ValueError: batches without numbers; as ``collect_features`` and ``infer_groups``.
         """
         features, logits, labels, numbers = collect(
             self.model, loader, head=self._head_given, recalibrate_batchnorm=recalibrate_batchnorm, device=device, together=True
@@ -172,7 +172,7 @@ class GroupInvariance:
         self.steps = 0
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Let the ramp count this optimizer's steps instead of calls of :meth:`loss`.
+        """Let the ramp count this optimizer's steps instead of calls of ``loss``.
 
         Needed where a step calls the loss more than once: gradient accumulation, or SAM, both of whose passes then weigh the penalty alike.
 
@@ -193,12 +193,12 @@ class GroupInvariance:
         return self._hook is not None and self._hook.id in (self._hook.hooks_dict_ref() or {})
 
     def loss(self, inputs: Any, labels: Tensor, index: Tensor) -> InvarianceLoss:
-        """The loss of a batch; with gradients enabled it counts as a step of the ramp, unless :meth:`attach` counts steps.
+        """The loss of a batch; with gradients enabled it counts as a step of the ramp, unless ``attach`` counts steps.
 
         Args:
             inputs: what the model takes.
             labels: class ids ``(B,)``.
-            index: numbers of the examples ``(B,)``, as in the loader given to :meth:`infer`.
+            index: numbers of the examples ``(B,)``, as in the loader given to ``infer``.
 
         Raises:
             ValueError: numbers outside of the partition; groups that split no class.
@@ -246,7 +246,7 @@ class GroupInvariance:
 
         Args:
             loader: batches ``(inputs, labels, numbers)`` of the validation split.
-            groups: of its examples, by number: :func:`infer_groups` on the validation split with the same reference model.
+            groups: of its examples, by number: ``infer_groups`` on the validation split with the same reference model.
 
         Raises:
             ValueError: no batches.
@@ -272,7 +272,7 @@ class GroupInvariance:
         """The largest weight whose balanced group accuracy is within ``tolerance`` of the best; no shifted data is needed.
 
         Args:
-            curve: :meth:`group_accuracy` of trainings with different weights, such as 0, 1, 3, 10 and 30.
+            curve: ``group_accuracy`` of trainings with different weights, such as 0, 1, 3, 10 and 30.
             tolerance: what may be lost.
 
         Raises:
@@ -288,7 +288,7 @@ class GroupInvariance:
         return {"groups": None if self.groups is None else self.groups.clone(), "steps": self.steps, "weight": self.weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Go on where ``state_dict`` was taken.
 
         Raises:
             ValueError: a state of something else.
@@ -310,7 +310,7 @@ class balanced_sampler(Sampler[list[int]]):  # noqa: N801  a constructor that re
     ``set_epoch`` repeats one after a restart.
 
     Args:
-        partition: from :func:`infer_groups`; examples of unknown group are left out.
+        partition: from ``infer_groups``; examples of unknown group are left out.
         batch_size: at least the number of cells; 4 for each class or more.
         generator: gives the seed (one number is drawn at once); None for a fixed seed.
 

@@ -43,7 +43,7 @@ def invariance_penalty(
     flows through both means. Probabilities are averaged in float32 at least.
 
     Args:
-        logits: shape ``(B, K)``; give those of a detached head (:class:`GroupInvariance` does) for the paper's gradient.
+        logits: shape ``(B, K)``; give those of a detached head (``GroupInvariance`` does) for the paper's gradient.
         labels: class ids in ``[0, K)``.
         groups: 0 for the reference, then 1 to ``num_groups - 1``; -1 for unknown (left out).
         num_groups: number of groups.
@@ -107,7 +107,7 @@ def invariance_penalty(
 
 
 class InvariancePenalty(nn.Module):
-    """:func:`invariance_penalty` as a module: ``InvariancePenalty()(logits, labels, groups)``, with its keyword arguments."""
+    """``invariance_penalty`` as a module: ``InvariancePenalty()(logits, labels, groups)``, with its keyword arguments."""
 
     def __init__(
         self,
@@ -157,11 +157,11 @@ def group_balanced_cross_entropy(
         num_groups: number of groups.
         weight: of the classes, as in ``torch.nn.functional.cross_entropy``.
         label_smoothing: likewise.
-        process_group: as in :func:`invariance_penalty`; each process gives its part times the number of processes, so that
+        process_group: as in ``invariance_penalty``; each process gives its part times the number of processes, so that
             averaging over processes gives the loss of the whole batch.
 
     Raises:
-        ValueError, TypeError: as :func:`invariance_penalty`.
+        ValueError, TypeError: as ``invariance_penalty``.
     """
     count = _checks.integer("num_groups", num_groups, low=2)
     labels, groups = _check(logits, labels, groups, count)
@@ -184,7 +184,7 @@ def group_balanced_cross_entropy(
 
 
 class GroupBalancedCrossEntropy(nn.Module):
-    """:func:`group_balanced_cross_entropy` as a module, with its keyword arguments."""
+    """``group_balanced_cross_entropy`` as a module, with its keyword arguments."""
 
     def __init__(
         self, *, num_groups: int = 2, weight: Tensor | None = None, label_smoothing: float = 0.0, process_group: Any = None

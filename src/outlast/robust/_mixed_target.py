@@ -43,7 +43,7 @@ class MixedTarget(NamedTuple):
 def mixup_loss(criterion: Criterion, output: Any, target: MixedTarget | Tensor) -> Tensor:
     """The loss of a mixed batch, whatever form its targets have.
 
-    For a :class:`MixedTarget` it is ``lam * criterion(output, a) + (1 - lam) * criterion(output, b)``. Where ``lam``
+    For a ``MixedTarget`` it is ``lam * criterion(output, a) + (1 - lam) * criterion(output, b)``. Where ``lam``
     differs between samples, the criterion is asked for its losses of single samples (``reduction="none"``) and its own
     reduction is applied after mixing. The mean of a cross-entropy is taken over the samples that have a label, with class
     weights too: that is what soft labels give, so that both forms of target have one loss (dividing by the weights of
@@ -109,7 +109,7 @@ def mixup_loss(criterion: Criterion, output: Any, target: MixedTarget | Tensor) 
 
 
 class MixupLoss(nn.Module):
-    """:func:`mixup_loss` as a module: ``MixupLoss(nn.CrossEntropyLoss())(output, target)`` for targets of any form."""
+    """``mixup_loss`` as a module: ``MixupLoss(nn.CrossEntropyLoss())(output, target)`` for targets of any form."""
 
     def __init__(self, criterion: Criterion) -> None:
         super().__init__()

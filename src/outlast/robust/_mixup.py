@@ -2,7 +2,7 @@
 
 Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", ICLR 2018; Yun et al., "CutMix", ICCV 2019;
 Verma et al., "Manifold Mixup", ICML 2019. The label-preserving form rests on an exact identity of the expected losses
-(:class:`outlast.diagnose.mixup_theory.BetaMoments`), which Zhang, Deng, Kawaguchi, Ghorbani, Zou, "How Does Mixup Help With
+(``outlast.diagnose.mixup_theory.BetaMoments``), which Zhang, Deng, Kawaguchi, Ghorbani, Zou, "How Does Mixup Help With
 Robustness and Generalization?", ICLR 2021, start from.
 """
 
@@ -128,7 +128,7 @@ class _BatchMix(nn.Module):
         return stream
 
     def draw(self, size: int) -> Mix:
-        """The weights and partners of the next batch of ``size`` samples, for code that mixes by itself (:func:`mix_hidden`).
+        """The weights and partners of the next batch of ``size`` samples, for code that mixes by itself (``mix_hidden``).
 
         Raises:
             ValueError: no samples.
@@ -240,7 +240,7 @@ class _BatchMix(nn.Module):
 
         Args:
             y: class ids ``(B,)``, probabilities, multi-hot labels or values ``(B, C)``, values ``(B,)``; any shape for pairs.
-            mix: from :meth:`draw`.
+            mix: from ``draw``.
         """
         self._check_labels(y)
         return self._mix_targets(y, mix)
@@ -270,11 +270,11 @@ class _BatchMix(nn.Module):
 class MixUp(_BatchMix):
     """Train on convex combinations of pairs of samples and of their labels.
 
-    ::
-
-        mixup = MixUp(alpha=0.2, num_classes=10)
-        images, targets = mixup(images, labels)
-        loss = nn.functional.cross_entropy(model(images), targets)
+    ```python
+    mixup = MixUp(alpha=0.2, num_classes=10)
+    images, targets = mixup(images, labels)
+    loss = nn.functional.cross_entropy(model(images), targets)
+    ```
 
     Works after the transfer to a device, in a collate function (each worker draws its own), and beside torchvision's
     transforms (``v2.RandomChoice([MixUp(...), CutMix(...)])``). Weights and partners are functions of (seed, step, process):
@@ -282,7 +282,7 @@ class MixUp(_BatchMix):
     (in loader workers, which count for themselves, the stream goes by the worker's seed). Nothing is read back from the device.
 
     Draw once a step and outside of a SAM closure, so that both passes see one batch. Token ids cannot be mixed: mix their
-    embeddings by :func:`mix_hidden`.
+    embeddings by ``mix_hidden``.
 
     Args:
         alpha: both parameters of the Beta distribution of the weight; 0 for no mixing. 1 on CIFAR, 0.1 to 0.4 on ImageNet,
@@ -291,7 +291,7 @@ class MixUp(_BatchMix):
         num_classes: needed to make soft labels out of class ids.
         per_sample: one weight for each sample in place of one for the batch.
         labels: ``"soft"`` mixes labels (class probabilities, multi-hot labels, regression targets); ``"pair"`` gives a
-            :class:`MixedTarget` for :func:`mixup_loss`; ``"hard"`` keeps each sample's own label and draws the weight from
+            ``MixedTarget`` for ``mixup_loss``; ``"hard"`` keeps each sample's own label and draws the weight from
             the law under which the expected loss and gradient are those of the other two, for every loss that is affine in
             the label.
         pairing: ``"permute"`` (a fresh permutation), ``"roll"`` (the sample before) or ``"flip"`` (the mirrored place); the
@@ -328,7 +328,7 @@ class MixUp(_BatchMix):
 class CutMix(_BatchMix):
     """Paste a box of another sample into each, and mix labels by the box's share.
 
-    Arguments as for :class:`MixUp`. All dimensions after the second are cut (after the first for inputs ``(B, D)``), so
+    Arguments as for ``MixUp``. All dimensions after the second are cut (after the first for inputs ``(B, D)``), so
     sequences and volumes work too. The weight is that of the box as it was cut: boxes end at the border. With
     ``labels="hard"`` a sample keeps its label and is the ground with probability ``lam``, else the box, which has the same
     expected loss.
@@ -337,7 +337,7 @@ class CutMix(_BatchMix):
         minmax: draw the sides of the box uniformly between these shares of the input's, in place of the Beta distribution.
 
     Raises:
-        ValueError: as for :class:`MixUp`; ``minmax`` that is not ``0 <= low <= high <= 1``.
+        ValueError: as for ``MixUp``; ``minmax`` that is not ``0 <= low <= high <= 1``.
     """
 
     def __init__(
@@ -455,12 +455,12 @@ class CutMix(_BatchMix):
 def mix_hidden(model: nn.Module, layer: str | nn.Module, lam: Tensor | float, index: Tensor) -> Generator[None]:
     """Mix what a layer puts out, in the forward passes inside (manifold mixup; embeddings of text).
 
-    ::
-
-        mix = mixup.draw(len(tokens))
-        with mix_hidden(model, "embedding", *mix):
-            logits = model(tokens)
-        loss = mixup_loss(criterion, logits, mixup.mix_targets(labels, mix))
+    ```python
+    mix = mixup.draw(len(tokens))
+    with mix_hidden(model, "embedding", *mix):
+        logits = model(tokens)
+    loss = mixup_loss(criterion, logits, mixup.mix_targets(labels, mix))
+    ```
 
     Compiled models run uncompiled inside. With activation checkpointing run the backward pass inside too.
 

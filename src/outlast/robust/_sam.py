@@ -117,26 +117,26 @@ class _Progress:
 class SAM(Optimizer):
     """Sharpness-aware minimisation around any ``torch.optim`` optimizer.
 
-    ::
-
-        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
-
-
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_fn(model(inputs), labels)
-            loss.backward()
-            return loss
+    ```python
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
 
 
-        loss = optimizer.step(closure)  # calls the closure twice, returns the loss at the weights
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_fn(model(inputs), labels)
+        loss.backward()
+        return loss
+
+
+    loss = optimizer.step(closure)  # calls the closure twice, returns the loss at the weights
+    ```
 
     ``param_groups`` and ``state`` are the base optimizer's own objects: schedulers, checkpoints and hooks see one
     optimizer. ``rho``, ``adaptive`` and ``eta`` are entries of the groups; a group with ``rho = 0`` does not move but
     counts in the gradient's norm. With ``rho = 0`` everywhere this is the base optimizer, bit for bit, in one pass.
 
     The trap that it takes care of: running statistics (BatchNorm) are those of the first pass, and dropout draws the
-    same mask in both passes. In the two-call form (:meth:`ascend`, :meth:`restore`) that needs :meth:`first_pass`
+    same mask in both passes. In the two-call form (``ascend``, ``restore``) that needs ``first_pass``
     around the first pass, or ``model`` for the statistics alone.
 
     Args:

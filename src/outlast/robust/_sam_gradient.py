@@ -41,12 +41,12 @@ def sam_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """The SAM gradient of a batch, each part of ``m`` samples with a perturbation of its own.
 
-    ::
-
-        loss, gradients = sam_gradient(loss_fn, model, (images, labels), rho=0.1, m=32)
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()  # the plain optimizer
+    ```python
+    loss, gradients = sam_gradient(loss_fn, model, (images, labels), rho=0.1, m=32)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()  # the plain optimizer
+    ```
 
     ``.grad`` is neither read nor written, weights are as before afterwards, buffers are those of the passes at the
     unperturbed weights, and both passes of a part draw the same dropout masks.

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 class SAMTrainerMixin:
     """Makes ``transformers.Trainer`` train with SAM.
 
-    ::
+    ```python
+    class SAMTrainer(SAMTrainerMixin, transformers.Trainer): ...
 
-        class SAMTrainer(SAMTrainerMixin, transformers.Trainer): ...
 
-
-        SAMTrainer(model, arguments, train_dataset=..., sam={"rho": 0.05}).train()
+    SAMTrainer(model, arguments, train_dataset=..., sam={"rho": 0.05}).train()
+    ```
 
     Each ``training_step`` makes both passes over its micro-batch and adds the SAM gradient to ``.grad``. So gradient
     accumulation works (each micro-batch has its own perturbation: m-sharpness), clipping sees the SAM gradient, and the
     optimizer, its schedule and its checkpoints are the Trainer's own. The loss that is logged is that of the first pass.
 
     Args:
-        sam: keyword arguments of :class:`SAM`; ``every`` and ``reuse`` are for optimizers that see whole steps, so
+        sam: keyword arguments of ``SAM``; ``every`` and ``reuse`` are for optimizers that see whole steps, so
             they are refused here.
     """
 

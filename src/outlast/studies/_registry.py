@@ -58,8 +58,8 @@ def get(name: str) -> Study:
         return _from_module(name)
     if name not in _STUDIES:
         near = difflib.get_close_matches(name, _STUDIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown study {name!r}{hint} Known: {', '.join(_STUDIES)}. Your own: module:NAME")
+        hint = f"; did you mean {near[0]!r}" if near else ""
+        raise ValueError(f"unknown study {name!r}{hint}. Known: {', '.join(_STUDIES)}. Your own: module:NAME")
     return _from_module(_STUDIES[name])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from outlast.studies._grid import row_name
@@ -13,9 +13,20 @@ class MissingCellError(LookupError):
 
 
 class Results:
-    """Metrics and series by arm, seed and setting. The first setting of the scale is the default one."""
+    """Metrics and series by arm, seed and setting. The first setting of the scale is the default one.
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], settings: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> None:
+    ``missing`` names the cells of the grid that are not finished.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        settings: Sequence[str],
+        arms: Sequence[str],
+        seeds: Sequence[int],
+        missing: Sequence[str] = (),
+    ) -> None:
+        self.missing = tuple(missing)
         self._records = {(row_name(r["setting"], r["arm"]), int(r["seed"])): r for r in records}
         self.settings = tuple(settings)
         self.arms = tuple(arms)
@@ -30,6 +41,17 @@ class Results:
         row = row_name(self.settings[0] if setting is None else setting, arm)
         return [float(self._records[row, seed]["metrics"][metric]) for seed in self.seeds if (row, seed) in self._records]
 
+    def mean(self, arm: str, metric: str, setting: str | None = None) -> float:
+        """A metric's mean over the seeds whose cells are finished.
+
+        Raises:
+            MissingCellError: none is.
+        """
+        values = self.values(arm, metric, setting)
+        if not values:
+            raise MissingCellError(f"{row_name(self.settings[0] if setting is None else setting, arm)} is not finished")
+        return sum(values) / len(values)
+
     def series(self, arm: str, name: str, seed: int, setting: str | None = None) -> list[float]:
         """One cell's curve."""
         return [float(value) for value in self._record(arm, seed, setting)["series"][name]]
@@ -39,8 +61,22 @@ class Results:
         row = row_name(self.settings[0] if setting is None else setting, arm)
         return any((row, seed) in self._records for seed in self.seeds)
 
+    def need_all(self) -> None:
+        """For measures over whatever arms the scale has.
+
+        Raises:
+            MissingCellError: a cell is missing.
+        """
+        if self.missing:
+            raise MissingCellError(f"{self.missing[0]} is not finished")
+
     def _record(self, arm: str, seed: int, setting: str | None) -> Mapping[str, Any]:
         row = row_name(self.settings[0] if setting is None else setting, arm)
         if (row, seed) not in self._records:
             raise MissingCellError(f"{row} with seed {seed} is not finished")
         return self._records[row, seed]
+
+
+def difference(arm: str, over: str, metric: str, setting: str | None = None) -> Callable[[Results, int], float]:
+    """A claim's measure: one arm's metric less another's, for each seed."""
+    return lambda results, seed: results.value(arm, metric, seed, setting) - results.value(over, metric, seed, setting)

@@ -47,7 +47,7 @@ class Nothing(nn.Module):
 
 
 class Random(nn.Module):
-    """A whole layer of random feature attention, in the form of :class:`Projected`."""
+    """A whole layer of random feature attention, in the form of ``Projected``."""
 
     def __init__(self, layer: RandomFeatureAttention) -> None:
         super().__init__()

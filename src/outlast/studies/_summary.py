@@ -154,8 +154,10 @@ def not_run(study: Study, scale: str, reason: str) -> Summary:
 def _summarise_part(part: Part, run: Run) -> PartSummary:
     scale = part.scales[run.plan.scale]
     seeds = range(run.plan.seeds)
-    records = [run.records[cell.key] for cell in run.cells if cell.part == part.name and cell.key in run.records]
-    results = Results(records, [setting.name for setting in scale.settings], scale.arms, seeds)
+    grid = [cell for cell in run.cells if cell.part == part.name]
+    records = [run.records[cell.key] for cell in grid if cell.key in run.records]
+    missing = [str(cell) for cell in grid if cell.key not in run.records]
+    results = Results(records, [setting.name for setting in scale.settings], scale.arms, seeds, missing)
     rows: list[Row] = []
     for setting in scale.settings:
         for name in setting.arms or scale.arms:
@@ -180,7 +182,11 @@ def _summarise_part(part: Part, run: Run) -> PartSummary:
 def _judge(claim: Claim, results: Results) -> JudgedClaim:
     try:
         measured = interval([claim.measure(results, seed) for seed in results.seeds])
-    except MissingCellError as missing:
-        return JudgedClaim(claim, "undecided", None, str(missing))
+    except Exception as error:
+        if not results.missing:
+            raise
+        # A measure over what is there may fail in any way where some of it is not.
+        reason = str(error) if isinstance(error, MissingCellError) else f"{results.missing[0]} is not finished"
+        return JudgedClaim(claim, "undecided", None, reason)
     reason = "" if len(results.seeds) >= MIN_SEEDS else f"needs at least {MIN_SEEDS} seeds"
     return JudgedClaim(claim, verdict(measured, claim.threshold, claim.direction, min_seeds=MIN_SEEDS), measured, reason)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, Setting, Settings, Study
+from outlast.studies._results import difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,14 +220,11 @@ def _over_best(arm: str, setting: str | None = None) -> Callable[[Results, int],
     """How far an arm is above the best of the plain classifiers of that seed: they were picked on these very episodes."""
 
     def measured(results: Results, seed: int) -> float:
+        results.need_all()
         plain = [results.value(name, "accuracy", seed, setting) for name in _PLAIN if results.has(name, setting)]
         return results.value(arm, "accuracy", seed, setting) - max(plain)
 
     return measured
-
-
-def _over(arm: str, other: str, setting: str | None = None) -> Callable[[Results, int], float]:
-    return lambda results, seed: results.value(arm, "accuracy", seed, setting) - results.value(other, "accuracy", seed, setting)
 
 
 def _figure(arms: Callable[[], Sequence[Arm]]) -> Figure:
@@ -319,14 +317,14 @@ _SYNTHETIC = Part(
         Claim(
             "gain-5",
             "With 5 labels it is above logistic regression",
-            _over("dc-2", "logistic", "related-5"),
+            difference("dc-2", "logistic", "accuracy", "related-5"),
             0.0,
             unit="points",
         ),
         Claim(
             "unrelated",
             "With unrelated base classes it is below logistic regression",
-            _over("dc-2", "logistic", "unrelated-1"),
+            difference("dc-2", "logistic", "accuracy", "unrelated-1"),
             0.0,
             "at most",
             unit="points",
@@ -368,7 +366,7 @@ _SYNTHETIC = Part(
 _LOSES = Claim(
     "official",
     "The official form is below plain logistic regression with 1 label a class",
-    _over("official", "logistic", "shot-1"),
+    difference("official", "logistic", "accuracy", "shot-1"),
     0.0,
     "at most",
     unit="points",
@@ -395,6 +393,7 @@ _CIFAR = Part(
     question="Features of a small network on photographs: does calibration help it too?",
     settings_type=Photographs,
     cell=photographs_cell,
+    version=2,
     arms=_ON_FEATURES,
     metrics=_FEATURE_METRICS,
     claims=(_LOSES, _SAFE, _SAFE_5),
@@ -423,6 +422,7 @@ _OMNIGLOT = Part(
     question="Features of a network on characters, with large activations: what does mixing two feature spaces cost?",
     settings_type=Characters,
     cell=characters_cell,
+    version=2,
     arms=_ON_FEATURES,
     metrics=_FEATURE_METRICS,
     claims=(
@@ -431,7 +431,8 @@ _OMNIGLOT = Part(
             "spaces",
             "Transforming the base classes too takes back at least half of that loss",
             lambda results, seed: (
-                _over("base-tukey", "official", "shot-1")(results, seed) + 0.5 * _over("official", "logistic", "shot-1")(results, seed)
+                difference("base-tukey", "official", "accuracy", "shot-1")(results, seed)
+                + 0.5 * difference("official", "logistic", "accuracy", "shot-1")(results, seed)
             ),
             0.0,
             unit="points",

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from outlast._core._norm import eval_mode
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, Setting, Settings, Study
+from outlast.studies._results import difference
 
 if TYPE_CHECKING:
     import torch
@@ -280,14 +282,11 @@ def _score(model: nn.Module, memory: Any, task: int, test: tuple[Tensor, Tensor]
     device = next(model.parameters()).device
     if per_task and memory is not None:
         memory.set_task(task)
-    training = model.training
-    model.eval()
     hits = 0
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for x, y in zip(test[0].split(500), test[1].split(500), strict=True):
             own, label = _own_head(model(x.to(device)), y.to(device), heads)
             hits += int((own.argmax(1) == label).sum())
-    model.train(training)
     if per_task and memory is not None:
         memory.set_task(None)
     return 100.0 * hits / len(test[1])
@@ -319,12 +318,10 @@ class _EWC:
 
         parameters = [p for p in model.parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
-        training = model.training
-        model.eval()
-        for x, y in zip(images.split(1), labels.split(1), strict=True):
-            for place, grad in zip(total, torch.autograd.grad(loss_fn(model(x), y), parameters), strict=True):
-                place.addcmul_(grad, grad, value=1.0 / len(images))
-        model.train(training)
+        with eval_mode(model):
+            for x, y in zip(images.split(1), labels.split(1), strict=True):
+                for place, grad in zip(total, torch.autograd.grad(loss_fn(model(x), y), parameters), strict=True):
+                    place.addcmul_(grad, grad, value=1.0 / len(images))
         if self._terms:
             for place, (_, fisher, _) in zip(total, self._terms, strict=True):
                 place += fisher
@@ -375,10 +372,6 @@ class _AGEM:
 
 
 # ---- claims and figures ----------------------------------------------------------------------------------------------
-
-
-def _difference(arm: str, over: str, metric: str) -> Any:
-    return lambda results, seed: results.value(arm, metric, seed) - results.value(over, metric, seed)
 
 
 def _value(arm: str, metric: str) -> Any:
@@ -469,7 +462,7 @@ _PERMUTED = Part(
     arms=_PERMUTED_ARMS,
     metrics=_METRICS,
     claims=(
-        Claim("acc", "SGD with GPM ends at least 5 points of ACC above SGD alone", _difference("gpm", "none", "acc"), 5.0, unit="points"),
+        Claim("acc", "SGD with GPM ends at least 5 points of ACC above SGD alone", difference("gpm", "none", "acc"), 5.0, unit="points"),
         Claim("bwt", "With GPM old tasks lose at most 2.5 points", _value("gpm", "bwt"), -2.5, unit="points"),
         Claim(
             "adamw-step",
@@ -539,12 +532,12 @@ _SPLIT = Part(
     arms=_SPLIT_ARMS,
     metrics=_METRICS,
     claims=(
-        Claim("split-acc", "GPM ends at least 5 points of ACC above SGD alone", _difference("gpm", "none", "acc"), 5.0, unit="points"),
+        Claim("split-acc", "GPM ends at least 5 points of ACC above SGD alone", difference("gpm", "none", "acc"), 5.0, unit="points"),
         Claim("split-bwt", "GPM with frozen norm layers loses at most 2.5 points on old tasks", _value("gpm", "bwt"), -2.5, unit="points"),
         Claim(
             "free-norm",
             "With free norm layers GPM forgets at least 2 points more than with frozen ones",
-            _difference("gpm", "gpm-free", "bwt"),
+            difference("gpm", "gpm-free", "bwt"),
             2.0,
             unit="points",
             scales=("quick", "standard"),

@@ -67,11 +67,14 @@ class Ladder(Settings):
 def ladder_cell(config: Ladder, seed: int, context: Context) -> Outcome:
     """The estimates over k, and TwoNN, mean over independent surfaces."""
     from outlast.diagnose import dimension
+    from outlast.diagnose.dimension._likelihood import twonn_fit
 
     found: list[dict[str, float]] = []
     for draw in range(config.draws):
         images = dimension.synthetic_images(config.d, config.n, seed=seed * config.draws + draw)
-        found.append({**_by_k(dimension.estimate(images, k=KS)), "twonn": dimension.twonn(images).value})
+        distances = dimension.knn(images, max(KS))[0]  # one search for both
+        ratios = distances[:, 1] / distances[:, 0]
+        found.append({**_by_k(dimension.from_distances(distances, k=KS)), "twonn": twonn_fit(ratios, discard=0.1)})
     return Outcome({name: _mean([values[name] for values in found]) for name in found[0]})
 
 

@@ -6,12 +6,12 @@ by the gradient's sign) and 5 to 8 (gap between training and test loss).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, Settings, Study
+from outlast.studies._results import difference
 
 if TYPE_CHECKING:
     import torch
@@ -110,10 +110,6 @@ def _network(images: torch.Tensor) -> nn.Module:
     )
 
 
-def _gain(arm: str, over: str, metric: str) -> Callable[[Results, int], float]:
-    return lambda results, seed: results.value(arm, metric, seed) - results.value(over, metric, seed)
-
-
 def _spread(results: Results, seed: int) -> float:
     values = [results.value(arm, "accuracy", seed) for arm in ("mixup", "mixup-sample", "mixup-hard")]
     return max(values) - min(values)
@@ -123,15 +119,10 @@ def _gap_ratio(results: Results, seed: int) -> float:
     return results.value("mixup", "gap", seed) / results.value("erm", "gap", seed)
 
 
-def _mean(results: Results, arm: str, metric: str) -> float:
-    values = results.values(arm, metric)
-    return sum(values) / len(values)
-
-
 def _draw_attacks(figure: Any, results: Results) -> None:
     axes = figure.subplots()
     for arm in (arm for arm in results.arms if results.has(arm)):
-        axes.plot(_EPS, [_mean(results, arm, f"fgsm{eps}") for eps in _EPS], marker="o", label=_PART.arm(arm).title)
+        axes.plot(_EPS, [results.mean(arm, f"fgsm{eps}") for eps in _EPS], marker="o", label=_PART.arm(arm).title)
     axes.set_xlabel("size of the attack (of 255)")
     axes.set_ylabel("accuracy under FGSM (%)")
     axes.legend()
@@ -140,7 +131,7 @@ def _draw_attacks(figure: Any, results: Results) -> None:
 def _describe_attacks(results: Results) -> str:
     parts: list[str] = []
     for arm in (arm for arm in results.arms if results.has(arm)):
-        values = ", ".join(f"{_mean(results, arm, f'fgsm{eps}'):.1f} % at {eps}/255" for eps in _EPS)
+        values = ", ".join(f"{results.mean(arm, f'fgsm{eps}'):.1f} % at {eps}/255" for eps in _EPS)
         parts.append(f"{_PART.arm(arm).title}: {values}")
     return "Accuracy under FGSM, mean over seeds. " + "; ".join(parts) + "."
 
@@ -175,7 +166,7 @@ _PART = Part(
         Claim(
             "accuracy",
             "Mixup is at least half a point more accurate than plain training",
-            _gain("mixup", "erm", "accuracy"),
+            difference("mixup", "erm", "accuracy"),
             0.5,
             unit="points",
         ),
@@ -183,12 +174,16 @@ _PART = Part(
             "gap", "Mixup's gap between test and training loss is at most half of plain training's", _gap_ratio, 0.5, "at most", digits=2
         ),
         Claim(
-            "attack", "At FGSM 4/255 mixup is at least 2 points above plain training", _gain("mixup", "erm", "fgsm4"), 2.0, unit="points"
+            "attack",
+            "At FGSM 4/255 mixup is at least 2 points above plain training",
+            difference("mixup", "erm", "fgsm4"),
+            2.0,
+            unit="points",
         ),
         Claim(
             "large-attack",
             "At FGSM 16/255 mixup is no better than plain training: it is no defence",
-            _gain("mixup", "erm", "fgsm16"),
+            difference("mixup", "erm", "fgsm16"),
             0.0,
             "at most",
             unit="points",

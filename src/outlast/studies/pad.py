@@ -254,11 +254,6 @@ def _convolved(images: Tensor, stream: torch.Generator) -> Tensor:
 _STILL = ("frozen", "alone", "jitter", "convolution")  # arms that do not adapt
 
 
-def _mean(results: Results, arm: str, metric: str, setting: str) -> float:
-    values = results.values(arm, metric, setting)
-    return sum(values) / len(values)
-
-
 def _draw_strip(figure: Any, results: Results) -> None:
     import numpy as np
 
@@ -293,8 +288,8 @@ def _describe_strip(results: Results) -> str:
     setting = _strip_of(results)
     return (
         f"Frames of the first episode with {setting}, above with the frozen policy, below with the one that adapts. Over all episodes the "
-        f"frozen policy earns {_mean(results, 'default', 'frozen', setting):.3f} a step, the adapting one "
-        f"{_mean(results, 'default', 'reward', setting):.3f}."
+        f"frozen policy earns {results.mean('default', 'frozen', setting):.3f} a step, the adapting one "
+        f"{results.mean('default', 'reward', setting):.3f}."
     )
 
 
@@ -317,7 +312,7 @@ def _draw_gains(figure: Any, results: Results) -> None:
 
 def _describe_gains(results: Results) -> str:
     parts = [
-        f"{arm}, {setting}: {_mean(results, arm, 'gain', setting):+.3f}"
+        f"{arm}, {setting}: {results.mean(arm, 'gain', setting):+.3f}"
         for setting in results.settings
         for arm in results.arms
         if arm not in _STILL and results.has(arm, setting)
@@ -426,7 +421,7 @@ _DEPLOYMENT = Part(
     },
     deviations=(
         "The paper's DeepMind Control tasks at 100 pixels with 500,000 steps need a GPU; a scene of 28 pixels and 5,000 steps stand in.",
-        "Rates and buffer were chosen in a prototype on other seeds.",
+        "Rates and buffer were chosen on other seeds.",
         "Thirds are by the frozen policy's reward in the same look from another start.",
     ),
 )
@@ -496,7 +491,7 @@ STUDY = Study(
     name="pad",
     title="Policy adaptation during deployment",
     question="Does a policy that goes on learning after deployment earn more, and what does it cost where nothing has changed?",
-    paper="Hansen, Jangir, Sun, Alenya, Abbeel, Efros, Pinto, Wang: Self-Supervised Policy Adaptation during Deployment. ICLR 2021",
+    paper="Hansen, Jangir, Sun, Alenyà, Abbeel, Efros, Pinto, Wang: Self-Supervised Policy Adaptation during Deployment. ICLR 2021",
     follows="Its protocol of paired episodes under changed colours and backgrounds",
     theme="after deployment",
     parts=(_DEPLOYMENT, _REPAIR),

@@ -131,13 +131,14 @@ def detector(channels: int, widths: tuple[int, ...], mode: str) -> nn.Module:
     from torch import nn
 
     from outlast.diagnose.padding import Conv2d
+    from outlast.studies._models import channels_last
 
     layers: list[nn.Module] = []
     before = channels
     for number, width in enumerate(widths):
         layers += [Conv2d(before, width, 3, 1 + number % 2, 1, bias=False, padding_mode=mode), nn.BatchNorm2d(width), nn.ReLU()]
         before = width
-    return nn.Sequential(*layers, nn.Conv2d(before, 2, 1))
+    return channels_last(nn.Sequential(*layers, nn.Conv2d(before, 2, 1)))
 
 
 class _Scenes:
@@ -202,6 +203,7 @@ def _least(results: Results, arm: str, metrics: tuple[str, ...], seed: int, sett
 
 def _weakest_centre(results: Results, seed: int) -> float:
     """The worst centre of all detectors of a seed."""
+    results.need_all()
     return min(
         results.value(arm, "centre", seed, setting) for setting in results.settings for arm in results.arms if results.has(arm, setting)
     )
@@ -250,6 +252,7 @@ _BLIND_SPOTS = Part(
     question="Is a detector blind where its padding is not used, and what cures it?",
     settings_type=Lights,
     cell=cell,
+    version=2,
     arms=(
         Arm(_SKEWED, "64 pixels, zeros", "baseline"),
         Arm("64-symmetric", "64 pixels, symmetric padding", "ablation", {"mode": "symmetric"}),
@@ -313,7 +316,7 @@ _BLIND_SPOTS = Part(
             changes={
                 "dataset": "fashion-mnist",
                 "variant": "small",
-                "widths": (6, 12, 12, 16, 16, 24, 24),
+                "widths": (8, 8, 8, 16, 16, 24, 24),
                 "epochs": 8,
                 "backgrounds": 4,
             },

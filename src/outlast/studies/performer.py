@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, Setting, Settings, Study
+from outlast.studies._results import difference
 from outlast.studies._sequence_tasks import (
     DECODING_METRICS,
     ELU1,
@@ -105,7 +106,7 @@ _KERNEL_ARMS = ("orthogonal", "independent", "smreg", "hyperbolic", "trig")
 def _draw_kernel(figure: Any, results: Results) -> None:
     axes = figure.subplots()
     for arm in _KERNEL_ARMS:
-        values = [_mean(results, arm, "error", setting) for setting in ("m16", "m64", "m256")]
+        values = [results.mean(arm, "error", setting) for setting in ("m16", "m64", "m256")]
         axes.loglog([16, 64, 256], values, marker="o", label=arm)
     axes.set_xticks([16, 64, 256], ["16", "64", "256"])
     axes.minorticks_off()
@@ -115,13 +116,8 @@ def _draw_kernel(figure: Any, results: Results) -> None:
 
 
 def _describe_kernel(results: Results) -> str:
-    parts = [f"{arm} {_mean(results, arm, 'error', 'm16'):.2g} to {_mean(results, arm, 'error', 'm256'):.2g}" for arm in _KERNEL_ARMS]
+    parts = [f"{arm} {results.mean(arm, 'error', 'm16'):.2g} to {results.mean(arm, 'error', 'm256'):.2g}" for arm in _KERNEL_ARMS]
     return "Median squared error of the output from 16 to 256 features, mean over seeds: " + "; ".join(parts) + "."
-
-
-def _mean(results: Results, arm: str, metric: str, setting: str) -> float:
-    values = [results.value(arm, metric, seed, setting) for seed in results.seeds]
-    return sum(values) / len(values)
 
 
 _KERNEL = Part(
@@ -258,7 +254,7 @@ def _draw_speed(figure: Any, results: Results) -> None:
     lengths = [length for length in _LENGTHS if f"l{length}" in results.settings]
     for ax, metric, title in zip(axes, ("speedup", "speedup_both"), ("forward", "forward and backward"), strict=True):
         for arm in ("favor-256", "favor-64"):
-            ax.loglog(lengths, [_mean(results, arm, metric, f"l{length}") for length in lengths], marker="o", label=arm)
+            ax.loglog(lengths, [results.mean(arm, metric, f"l{length}") for length in lengths], marker="o", label=arm)
         ax.axhline(1.0, color="grey", linestyle="--", label="exact attention")
         ax.set_title(title)
         shown = lengths[:: 2 if len(lengths) > 4 else 1]
@@ -277,8 +273,7 @@ def _draw_speed(figure: Any, results: Results) -> None:
 def _describe_speed(results: Results) -> str:
     longest = results.settings[-1]
     parts = [
-        f"{arm}: {_mean(results, arm, 'speedup', longest):.1f} times forward, {_mean(results, arm, 'speedup_both', longest):.1f} "
-        f"with backward"
+        f"{arm}: {results.mean(arm, 'speedup', longest):.1f} times forward, {results.mean(arm, 'speedup_both', longest):.1f} with backward"
         for arm in ("favor-256", "favor-64")
     ]
     return f"Speed over exact attention on one thread at {longest[1:]} positions, mean over seeds. " + "; ".join(parts) + "."
@@ -402,11 +397,6 @@ _DECODING = Part(
 # ---- models trained with it -----------------------------------------------------------------------------------------------------
 
 
-def _more_bits(arm: str) -> Any:
-    """Bits per symbol above exact attention."""
-    return lambda results, seed: results.value(arm, "bits", seed) - results.value("exact", "bits", seed)
-
-
 _LANGUAGE = Part(
     name="language",
     question="What does a language model lose that is trained with it?",
@@ -418,7 +408,7 @@ _LANGUAGE = Part(
         Claim(
             "positive",
             "After as many steps positive features are at least 0.1 bits per byte behind exact attention: sharp look-ups are learnt later",
-            _more_bits("positive"),
+            difference("positive", "exact", "bits"),
             0.1,
             unit="bits",
             digits=3,
@@ -495,13 +485,21 @@ _PIXELS = Part(
         Claim(
             "positive",
             "On pixels, positive features cost at most 0.1 bits per dimension",
-            _more_bits("positive"),
+            difference("positive", "exact", "bits"),
             0.1,
             "at most",
             "bits",
             3,
         ),
-        Claim("relu", "On pixels, the ReLU kernel costs at most 0.1 bits per dimension", _more_bits("relu"), 0.1, "at most", "bits", 3),
+        Claim(
+            "relu",
+            "On pixels, the ReLU kernel costs at most 0.1 bits per dimension",
+            difference("relu", "exact", "bits"),
+            0.1,
+            "at most",
+            "bits",
+            3,
+        ),
     ),
     scales={
         "standard": Scale(arms=("exact", "positive", "relu"), changes={"batch": 4}, data=(("fashion-mnist", "small"),), minutes=6),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, Setting, Settings, Study
+from outlast.studies._results import difference
 from outlast.studies._sequence_tasks import (
     DECODING_METRICS,
     ELU1,
@@ -102,7 +103,7 @@ def _draw_kernel(figure: Any, results: Results) -> None:
     axes = figure.subplots()
     sizes = (16, 64, 256, 1024)
     for arm in ("gaussian", "arccos"):
-        axes.loglog(sizes, [_mean(results, arm, "error", f"d{size}") for size in sizes], marker="o", label=arm)
+        axes.loglog(sizes, [results.mean(arm, "error", f"d{size}") for size in sizes], marker="o", label=arm)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_yticks([2, 5, 10, 20, 40], ["2", "5", "10", "20", "40"])
     axes.minorticks_off()
@@ -111,15 +112,9 @@ def _draw_kernel(figure: Any, results: Results) -> None:
     axes.legend()
 
 
-def _mean(results: Results, arm: str, metric: str, setting: str | None = None) -> float:
-    values = results.values(arm, metric, setting)
-    return sum(values) / len(values)
-
-
 def _describe_kernel(results: Results) -> str:
     parts = [
-        f"{arm} {_mean(results, arm, 'error', 'd16'):.1f} to {_mean(results, arm, 'error', 'd1024'):.1f} %"
-        for arm in ("gaussian", "arccos")
+        f"{arm} {results.mean(arm, 'error', 'd16'):.1f} to {results.mean(arm, 'error', 'd1024'):.1f} %" for arm in ("gaussian", "arccos")
     ]
     return "Relative error of the denominator over 64 keys, from 16 to 1,024 random vectors: " + "; ".join(parts) + "."
 
@@ -165,10 +160,6 @@ _KERNEL = Part(
 # ---- language -------------------------------------------------------------------------------------------------------------------
 
 
-def _more_bits(arm: str, than: str = "exact") -> Any:
-    return lambda results, seed: results.value(arm, "bits", seed) - results.value(than, "bits", seed)
-
-
 _ALL = ("none", "exact", "rfa", "rfa-gate", "rfa-arccos", "elu1", "positive")
 
 _LANGUAGE = Part(
@@ -190,7 +181,7 @@ _LANGUAGE = Part(
         Claim(
             "exact",
             "With the gate no bits per byte are lost against softmax attention after as many steps",
-            _more_bits("rfa-gate"),
+            difference("rfa-gate", "exact", "bits"),
             0.0,
             "at most",
             "bits",
@@ -199,7 +190,7 @@ _LANGUAGE = Part(
         Claim(
             "arccos",
             "Gaussian features are better than arc-cosine ones",
-            _more_bits("rfa-arccos", "rfa"),
+            difference("rfa-arccos", "rfa", "bits"),
             0.0,
             unit="bits",
             digits=3,

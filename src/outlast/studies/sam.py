@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, Setting, Settings, Study
+from outlast.studies._results import difference
 
 if TYPE_CHECKING:
     import torch
@@ -160,13 +161,6 @@ def _crop_and_flip(images: Tensor, stream: torch.Generator) -> Tensor:
     return padded[samples, channels, rows, columns[:, None, None, :].to(images.device)]
 
 
-def _gain(arm: str, over: str, metric: str = "final") -> Any:
-    def measure(results: Results, seed: int) -> float:
-        return results.value(arm, metric, seed) - results.value(over, metric, seed)
-
-    return measure
-
-
 def _curvature_ratio(results: Results, seed: int) -> float:
     return results.value("sam-0.1", "lambda_max", seed) / results.value("sgd", "lambda_max", seed)
 
@@ -247,7 +241,7 @@ _PART = Part(
         Claim(
             "accuracy",
             "At 40 % label noise SAM (rho 0.1) ends at least 7 points of clean accuracy above SGD",
-            _gain("sam-0.1", "sgd"),
+            difference("sam-0.1", "sgd", "final"),
             7.0,
             unit="points",
             scales=("quick", "standard"),
@@ -255,7 +249,7 @@ _PART = Part(
         Claim(
             "equal-compute",
             "At 40 % label noise SAM (rho 0.1) ends at least 7 points above SGD with twice the epochs",
-            _gain("sam-0.1", "sgd-2x"),
+            difference("sam-0.1", "sgd-2x", "final"),
             7.0,
             unit="points",
             scales=("quick", "standard"),
@@ -272,7 +266,7 @@ _PART = Part(
         Claim(
             "m-sharpness",
             "Perturbing for each 32 samples on their own ends at least 1 point above one perturbation for all 128",
-            _gain("sam-0.1-m32", "sam-0.1"),
+            difference("sam-0.1-m32", "sam-0.1", "final"),
             1.0,
             unit="points",
             scales=("quick", "standard"),
@@ -280,7 +274,7 @@ _PART = Part(
         Claim(
             "paper-accuracy",
             "On CIFAR-10 with 40 % label noise SAM (rho 0.1) ends at least 15 points above SGD (24.6 in the paper)",
-            _gain("sam-0.1", "sgd"),
+            difference("sam-0.1", "sgd", "final"),
             15.0,
             unit="points",
             scales=("paper",),

@@ -383,11 +383,6 @@ def extrapolation_cell(config: Extrapolation, seed: int, context: Context) -> Ou
 # ---- figures --------------------------------------------------------------------------------------------------------------------
 
 
-def _mean(results: Results, arm: str, metric: str, setting: str | None = None) -> float:
-    values = results.values(arm, metric, setting)
-    return sum(values) / len(values)
-
-
 def _needed(results: Results, arm: str) -> dict[int, float]:
     """Examples for the threshold by input size, geometric mean over seeds; sizes whose curve does not cross are left out."""
     import math
@@ -401,7 +396,7 @@ def _draw_dimension(figure: Any, results: Results) -> None:
     axes = figure.subplots()
     for arm, title in (("dense", "dense network, 75 %"), ("conv", "convolution, 90 %")):
         found = _needed(results, arm)
-        axes.loglog(list(found), list(found.values()), marker="o", label=f"{title}: exponent {_mean(results, arm, 'exponent'):.2f}")
+        axes.loglog(list(found), list(found.values()), marker="o", label=f"{title}: exponent {results.mean(arm, 'exponent'):.2f}")
     ticks = sorted({*_needed(results, "dense"), *_needed(results, "conv")})
     axes.set_xticks(ticks, [str(dim) for dim in ticks])
     axes.minorticks_off()
@@ -421,7 +416,7 @@ def _draw_images(figure: Any, results: Results) -> None:
     axes = figure.subplots(1, len(results.settings), squeeze=False, sharey=True)[0]
     for ax, setting in zip(axes, results.settings, strict=True):
         for arm, title in (("dense", "dense"), ("conv", "convolution")):
-            ax.plot(_SIZES, [_mean(results, arm, f"n{size}", setting) for size in _SIZES], marker="o", label=title)
+            ax.plot(_SIZES, [results.mean(arm, f"n{size}", setting) for size in _SIZES], marker="o", label=title)
         ax.set_xscale("log")
         ax.set_xticks(_SIZES, [f"{size:,}" for size in _SIZES])
         ax.minorticks_off()
@@ -433,7 +428,7 @@ def _draw_images(figure: Any, results: Results) -> None:
 
 def _describe_images(results: Results) -> str:
     parts = [
-        f"{setting}, {arm}: " + ", ".join(f"{_mean(results, arm, f'n{size}', setting):.0f} % with {size:,}" for size in _SIZES)
+        f"{setting}, {arm}: " + ", ".join(f"{results.mean(arm, f'n{size}', setting):.0f} % with {size:,}" for size in _SIZES)
         for setting in results.settings
         for arm in ("dense", "conv")
     ]

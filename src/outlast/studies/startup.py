@@ -6,12 +6,13 @@ two controls that it lacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, ScaleName, Settings, Study
+from outlast.studies._results import difference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -200,10 +201,6 @@ def _pseudo_labels(teacher: nn.Module, unlabelled: Tensor) -> PseudoLabels:
 # ---- declarations ------------------------------------------------------------------------------------------------------
 
 
-def _gain(arm: str, over: str, metric: str = "one") -> Callable[[Results, int], float]:
-    return lambda results, seed: results.value(arm, metric, seed) - results.value(over, metric, seed)
-
-
 def _draw(figure: Any, results: Results) -> None:
     axes = figure.subplots()
     arms = [arm for arm in results.arms if results.has(arm)]
@@ -242,25 +239,25 @@ _METRICS = (
     Metric("confidence", "Its mean confidence", digits=2),
 )
 _CLAIMS = (
-    Claim("transfer", "STARTUP is above transfer with 1 label a class", _gain("startup", "transfer"), 0.0, unit="points"),
+    Claim("transfer", "STARTUP is above transfer with 1 label a class", difference("startup", "transfer", "one"), 0.0, unit="points"),
     Claim(
         "batchnorm",
         "STARTUP is above transfer with BatchNorm statistics of the target, which cost nothing, with 1 label a class",
-        _gain("startup", "batchnorm"),
+        difference("startup", "batchnorm", "one"),
         0.0,
         unit="points",
     ),
     Claim(
         "five",
         "STARTUP is above transfer with BatchNorm statistics of the target with 5 labels a class",
-        _gain("startup", "batchnorm", "five"),
+        difference("startup", "batchnorm", "five"),
         0.0,
         unit="points",
     ),
     Claim(
         "contrast",
         "STARTUP is above SimCLR from the same teacher with 1 label a class",
-        _gain("startup", "simclr"),
+        difference("startup", "simclr", "one"),
         0.0,
         unit="points",
     ),
@@ -279,6 +276,7 @@ def _part(name: str, question: str, scales: Mapping[ScaleName, Scale]) -> Part:
         question=question,
         settings_type=Transfer,
         cell=cell,
+        version=2,
         arms=_ARMS,
         metrics=_METRICS,
         claims=_CLAIMS,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from outlast.studies._design import Arm, Claim, Figure, Metric, Outcome, Part, Scale, Setting, Settings, Study
+from outlast.studies._results import difference
 
 if TYPE_CHECKING:
     import torch
@@ -312,10 +313,6 @@ def _held_out_margin(results: Results, seed: int) -> float:
     return min(means["tent"], means["tent-1e-2"]) - means["tent-3e-3"]
 
 
-def _gap(arm: str, over: str, setting: str) -> Callable[[Results, int], float]:
-    return lambda results, seed: results.value(arm, "error", seed, setting) - results.value(over, "error", seed, setting)
-
-
 # ---- figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -465,14 +462,14 @@ _RESNET = Part(
         Claim(
             "sorted",
             "On clean images sorted by class Norm and Tent err at least 50 points more than the source",
-            lambda results, seed: min(_gap(arm, "source", "clean-sorted")(results, seed) for arm in ("norm", "tent")),
+            lambda results, seed: min(difference(arm, "source", "error", "clean-sorted")(results, seed) for arm in ("norm", "tent")),
             50.0,
             unit="points",
         ),
         Claim(
             "tiny-batches",
             "One image at a time, batch statistics are at least 5 points worse than the source",
-            _gap("norm", "source", "batch-1"),
+            difference("norm", "source", "error", "batch-1"),
             5.0,
             unit="points",
         ),
@@ -613,14 +610,14 @@ _GROUP = Part(
         Claim(
             "collapse",
             "At noise 0.3 Tent without guards errs at least 10 points more than the source",
-            _gap("tent", "source", "noise-0.3"),
+            difference("tent", "source", "error", "noise-0.3"),
             10.0,
             unit="points",
         ),
         Claim(
             "recommended-holds",
             "At noise 0.3 Tent.recommended stays within 2 points of the source",
-            lambda results, seed: abs(_gap("recommended", "source", "noise-0.3")(results, seed)),
+            lambda results, seed: abs(difference("recommended", "source", "error", "noise-0.3")(results, seed)),
             2.0,
             "at most",
             unit="points",
@@ -629,7 +626,7 @@ _GROUP = Part(
         Claim(
             "diversity-helps",
             "On this balanced stream Tent with Diversity takes at least 15 points off the source's error",
-            lambda results, seed: -_gap("diversity", "source", "noise-0.3")(results, seed),
+            lambda results, seed: -difference("diversity", "source", "error", "noise-0.3")(results, seed),
             15.0,
             unit="points",
         ),

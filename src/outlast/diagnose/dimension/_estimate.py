@@ -51,9 +51,9 @@ def estimate(
 ) -> DimensionResult:
     """Intrinsic dimension by maximum likelihood on the distances to the ``k`` nearest neighbours.
 
-    ::
-
-        print(dimension.estimate(images))  # intrinsic dimension by mackay: k=3: 15.06 (se 0.31), ...
+    ```python
+    print(dimension.estimate(images))  # intrinsic dimension by mackay: k=3: 15.06 (se 0.31), ...
+    ```
 
     Args:
         data: rows as ``(N, ...)``: a tensor, array, memory map, Dataset or loader (of inputs, or tuples that start with
@@ -73,7 +73,7 @@ def estimate(
 
     Returns:
         The estimates by ``k`` with standard errors; ``value`` is that of the largest ``k``. Compare sets at equal N and k
-        only (:func:`compare`).
+        only (``compare``).
 
     Raises:
         ValueError: ``k`` too small for the method, fewer than ``k + 1`` distinct rows, NaN or infinity (with the row),
@@ -112,10 +112,10 @@ def from_distances(
 
     Args:
         distances: shape ``(m, K)``, to other rows only, ascending along each row.
-        method: as in :func:`estimate`.
+        method: as in ``estimate``.
         k: up to ``K``; None for ``K``.
         n: rows that were searched, for the reliability flag; None for ``m``.
-        bootstrap: as in :func:`estimate`.
+        bootstrap: as in ``estimate``.
         seed: of the bootstrap.
 
     Raises:
@@ -145,11 +145,11 @@ def local(data: Any, k: int = 20, queries: Any = None, *, duplicates: Duplicates
     """Dimension around each point, ``(k - 1) / S_k(x)``, for maps and outliers; single values scatter widely.
 
     Args:
-        data: as in :func:`estimate`.
+        data: as in ``estimate``.
         k: neighbours.
         queries: points to look at, shape ``(m, ...)``, which need not be rows of the data (a row of the data counts as its
             own neighbour then); None for all rows of the data.
-        duplicates: as in :func:`estimate`; copies under ``"drop"`` get the value of their first.
+        duplicates: as in ``estimate``; copies under ``"drop"`` get the value of their first.
 
     Returns:
         float64, shape ``(m,)``; infinite where all ``k`` distances are equal, NaN where one is 0.
@@ -185,7 +185,7 @@ def knn(
     """Exact nearest neighbours, in blocks: memory ``O(block x D + N x k)``, no distance matrix.
 
     Args:
-        data: rows as in :func:`estimate`; copies are kept.
+        data: rows as in ``estimate``; copies are kept.
         k: neighbours.
         queries: new points; None searches for the rows of the data themselves.
         exclude_self: whether a row is left out of its own neighbours (by its index; ignored with ``queries``).
@@ -226,12 +226,12 @@ def twonn(
     """TwoNN: dimension from the ratio of the distances to the second and the first neighbour.
 
     Args:
-        data: as in :func:`estimate`.
+        data: as in ``estimate``.
         variant: ``"fit"`` (a line through the distribution of the ratios) or ``"ml"``. Where the two differ, the data mix
             dimensions.
         discard: share of the largest ratios that the fit leaves out, in [0, 1).
-        anchors: as in :func:`estimate`.
-        duplicates: as in :func:`estimate`.
+        anchors: as in ``estimate``.
+        duplicates: as in ``estimate``.
         seed: of the anchors.
     """
     _checks.choice("variant", variant, ("fit", "ml"))
@@ -271,10 +271,10 @@ def gride(data: Any, max_rank: int = 64, *, anchors: Anchors = None, duplicates:
     """Gride: TwoNN's likelihood at the ranks 1 and 2, 2 and 4, ... up to ``max_rank``: dimension against scale.
 
     Args:
-        data: as in :func:`estimate`.
+        data: as in ``estimate``.
         max_rank: the farthest neighbour used, at least 2.
-        anchors: as in :func:`estimate`.
-        duplicates: as in :func:`estimate`.
+        anchors: as in ``estimate``.
+        duplicates: as in ``estimate``.
         seed: of the anchors.
     """
     max_rank = _checks.integer("max_rank", max_rank, low=2)
@@ -300,13 +300,13 @@ def scales(
     """Dimension against scale.
 
     Args:
-        data: as in :func:`estimate`.
-        by: ``"k"`` (:func:`estimate` with k = 2, 4, 8, ... ``max_k``) or ``"decimation"`` (TwoNN on disjoint random blocks of
+        data: as in ``estimate``.
+        by: ``"k"`` (``estimate`` with k = 2, 4, 8, ... ``max_k``) or ``"decimation"`` (TwoNN on disjoint random blocks of
             N, N/2, N/4, ... rows, the mean over blocks and its standard error).
         max_k: the largest ``k``.
         least: rows of the smallest blocks.
-        anchors: as in :func:`estimate`, for ``"k"``.
-        duplicates: as in :func:`estimate`.
+        anchors: as in ``estimate``, for ``"k"``.
+        duplicates: as in ``estimate``.
         seed: of anchors and blocks.
     """
     _checks.choice("by", by, ("k", "decimation"))
@@ -355,13 +355,13 @@ def local_pca(
     """Dimension by the spectrum of each neighbourhood.
 
     Args:
-        data: as in :func:`estimate`.
+        data: as in ``estimate``.
         k: neighbours, centred on their mean.
         rule: ``"fo"`` counts eigenvalues above ``threshold`` (0.05) of the largest, ``"ratio"`` the smallest number that
             reaches ``threshold`` (0.95) of the trace, ``"participation"`` is ``(sum l)^2 / sum l^2``.
         threshold: of the rule; the result depends on it.
-        anchors: as in :func:`estimate`.
-        duplicates: as in :func:`estimate`.
+        anchors: as in ``estimate``.
+        duplicates: as in ``estimate``.
         seed: of the anchors.
     """
     _checks.choice("rule", rule, ("fo", "ratio", "participation"))
@@ -394,14 +394,14 @@ def local_pca(
 
 
 def by_class(data: Any, labels: Any, *, match_n: bool = True, seed: int = 0, **settings: Any) -> dict[Any, DimensionResult]:
-    """:func:`estimate` for each class.
+    """``estimate`` for each class.
 
     Args:
-        data: as in :func:`estimate`, held in memory.
+        data: as in ``estimate``, held in memory.
         labels: one for each row.
         match_n: draw as many rows of each class as the smallest has, since the estimate depends on their number.
         seed: of that draw and of the anchors.
-        **settings: of :func:`estimate`.
+        **settings: of ``estimate``.
     """
     whole = as_rows(data, duplicates="keep")
     names = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
@@ -426,7 +426,7 @@ def by_layer(
     max_rows: int | None = None,
     **settings: Any,
 ) -> dict[str, DimensionResult]:
-    """:func:`estimate` for the features of each layer: where a network expands and compresses.
+    """``estimate`` for the features of each layer: where a network expands and compresses.
 
     Args:
         model: run in eval mode, unchanged.
@@ -434,7 +434,7 @@ def by_layer(
         layers: names of submodules; ``""`` is the model's output.
         pool: ``"flatten"`` or ``"mean"`` over positions.
         max_rows: rows to use.
-        **settings: of :func:`estimate`.
+        **settings: of ``estimate``.
     """
     _checks.choice("pool", pool, ("flatten", "mean"))
     features = layer_features(model, loader, layers, pool=pool, max_rows=max_rows)
@@ -445,11 +445,11 @@ def compare(sets: Mapping[str, Any], *, match_n: bool = True, seed: int = 0, **s
     """Dimensions of several sets at one number of rows, ranked.
 
     Args:
-        sets: data by name, as in :func:`estimate`.
+        sets: data by name, as in ``estimate``.
         match_n: draw as many rows of each set as the smallest has. Without it there is no ranking unless the sets are of
             one size: the estimate grows with N.
         seed: of that draw and of the anchors.
-        **settings: of :func:`estimate`.
+        **settings: of ``estimate``.
 
     Raises:
         ValueError: fewer than two sets.
@@ -475,7 +475,7 @@ def compare(sets: Mapping[str, Any], *, match_n: bool = True, seed: int = 0, **s
 
 
 def _matched(sets: Mapping[Any, Any], draw: str, *, match_n: bool, seed: int, **settings: Any) -> dict[Any, DimensionResult]:
-    """:func:`estimate` for several sets, each cut to as many distinct rows as the smallest has."""
+    """``estimate`` for several sets, each cut to as many distinct rows as the smallest has."""
     duplicates: Duplicates = settings.get("duplicates", "drop")
     rows = {name: as_rows(data, duplicates=duplicates) for name, data in sets.items()}
     size = min(len(part.values) for part in rows.values())

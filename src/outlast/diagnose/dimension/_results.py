@@ -40,7 +40,7 @@ class DimensionResult(Result):
 
     Attributes:
         value, se, k, radius: those of the largest ``k``, the estimate with the smallest error.
-        by_k: an :class:`Estimate` for each ``k``.
+        by_k: an ``Estimate`` for each ``k``.
         method: the estimator.
         biased: how its value is known to be off; empty where it is not.
         n: distinct rows that were searched.
@@ -144,7 +144,7 @@ class ComparisonResult(Result):
     """Dimensions of several sets, at one number of rows.
 
     Attributes:
-        results: one :class:`DimensionResult` for each name.
+        results: one ``DimensionResult`` for each name.
         n: rows of each set; None where they were not matched.
         ranking: names from the lowest dimension to the highest; None where numbers of rows differ, since the estimate
             depends on them.

@@ -52,7 +52,7 @@ def regularizer(features: Float[Tensor, "n ..."], k: int = 10) -> Float[Tensor, 
 
 
 class Regularizer(nn.Module):
-    """:func:`regularizer` as a module."""
+    """``regularizer`` as a module."""
 
     def __init__(self, k: int = 10) -> None:
         super().__init__()
@@ -70,20 +70,20 @@ class Regularizer(nn.Module):
 class Metric:
     """Dimension of features that stream by, over an epoch.
 
-    ::
-
-        metric = Metric(k=(5, 20), max_samples=5000)
-        for batch in loader:
-            metric.update(features(batch))
-        print(metric.compute())
-        metric.reset()
+    ```python
+    metric = Metric(k=(5, 20), max_samples=5000)
+    for batch in loader:
+        metric.update(features(batch))
+    print(metric.compute())
+    metric.reset()
+    ```
 
     A reservoir keeps a uniform sample of ``max_samples`` rows of all that came, whatever their number.
 
     Args:
         max_samples: rows kept.
         seed: of the reservoir.
-        **settings: of :func:`estimate`.
+        **settings: of ``estimate``.
     """
 
     def __init__(self, max_samples: int = 5000, *, seed: int = 0, **settings: Any) -> None:
@@ -145,7 +145,7 @@ def synthetic_images(d: int, n: int, size: Sequence[int] = (3, 32, 32), seed: in
 
 
 def synthetic_pairs(d: int, n: int, size: Sequence[int] = (3, 32, 32), seed: int = 0, *, width: int = 256) -> tuple[Tensor, Tensor]:
-    """The images of :func:`synthetic_images` with their ``z``, shape ``(n, d)``."""
+    """The images of ``synthetic_images`` with their ``z``, shape ``(n, d)``."""
     d, n = _checks.integer("d", d, low=1), _checks.integer("n", n, low=1)
     shape = tuple(_checks.integer("size", length, low=1) for length in size)
     weights = generator(seed, "dimension.synthetic.weights")

@@ -15,7 +15,7 @@ _validation: Any = require("sklearn.utils.validation", extra="vision", purpose="
 
 
 class Estimator(_base.BaseEstimator):
-    """:func:`outlast.diagnose.dimension.estimate` as a scikit-learn estimator.
+    """``outlast.diagnose.dimension.estimate`` as a scikit-learn estimator.
 
     Args:
         method: as in ``estimate``.

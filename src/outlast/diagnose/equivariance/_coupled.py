@@ -60,16 +60,17 @@ def equivariance_test(
     models are trained on either data, and a permutation test compares how much their decisions disagree across and within. The copies
     run on the CPU in ``dtype``.
 
-    Example::
-
+    Example:
+        ```python
         train = train_with(lambda p: torch.optim.SGD(p, lr=0.1), loss=torch.nn.functional.cross_entropy, steps=100)
         print(equivariance_test(lambda: torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2)), train, X, y))
+        ```
 
     Args:
         make_model: builds a freshly initialised model. Called with torch's, numpy's and Python's global generators seeded; they are
             restored, as around ``train``.
         train: ``train(model, inputs, targets)`` changes the model: your own function with preprocessing, optimizer, schedule, or
-            :func:`train_with`. The transformation acts before your preprocessing if that happens inside.
+            ``train_with``. The transformation acts before your preprocessing if that happens inside.
         inputs: ``(n, ...)``.
         targets: ``(n, ...)``, handed on as they are (floating ones in ``dtype``).
         probes: inputs on which outputs are compared; ``inputs`` otherwise.

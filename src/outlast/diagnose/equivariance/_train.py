@@ -12,7 +12,7 @@ from torch.func import functional_call, stack_module_state
 
 from outlast._core._batches import device_of
 from outlast._core._checks import choice, integer, real
-from outlast._core._norm import is_batch_norm
+from outlast._core._norm import is_batch_norm, train_mode
 from outlast._core._random import generator as stream_of
 from outlast.errors import DivergedError, UnsupportedError
 
@@ -36,7 +36,7 @@ _ENTRYWISE = (
 
 
 class Trainer:
-    """``train(model, X, y)``, and ``train.batched(models, X, y)``. Made by :func:`train_with`."""
+    """``train(model, X, y)``, and ``train.batched(models, X, y)``. Made by ``train_with``."""
 
     def __init__(
         self,
@@ -67,13 +67,8 @@ class Trainer:
             ValueError: no data.
             DivergedError: the last loss is not finite.
         """
-        flags = [(module, module.training) for module in model.modules()]
-        model.train()
-        try:
+        with train_mode(model):
             self._train(model, inputs.to(device_of(model)), targets.to(device_of(model)))
-        finally:
-            for module, flag in flags:
-                module.training = flag
 
     def _train(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -218,7 +213,7 @@ def train_with(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     seed: int = 0,
 ) -> Trainer:
-    """A ready-made ``train(model, inputs, targets)`` for :func:`equivariance_test` and ``sample_efficiency``.
+    """A ready-made ``train(model, inputs, targets)`` for ``equivariance_test`` and ``sample_efficiency``.
 
     Args:
         optimizer: takes the parameters and gives an optimizer: ``lambda p: torch.optim.SGD(p, lr=0.1)``.

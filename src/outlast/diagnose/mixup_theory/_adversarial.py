@@ -72,7 +72,7 @@ def adversarial_bound(
     interpolation fail the condition that every sample is classified rightly.
 
     Args:
-        f: gives the logit of class 1, ``(n,)``; as in :func:`exact_mixup_loss`.
+        f: gives the logit of class 1, ``(n,)``; as in ``exact_mixup_loss``.
         X: inputs ``(n, d...)``, centred by the caller (the mean of every feature, or pixel, subtracted).
         y: labels in {0, 1}.
         alpha: first parameter of mixup's Beta distribution.
@@ -81,7 +81,7 @@ def adversarial_bound(
         generator: of random partners.
 
     Raises:
-        ValueError, TypeError: as :func:`exact_mixup_loss`.
+        ValueError, TypeError: as ``exact_mixup_loss``.
     """
     loss = Loss("bce")
     rows = Rows(f, X, loss, torch.float64)
@@ -159,7 +159,7 @@ def adversarial_loss_quadratic(f: Model, X: Tensor, y: Tensor, eta: Tensor | flo
     ``l + eta |h'(f) - y| |grad f| + eta^2 / 2 h''(f) |grad f|^2`` for a binary classifier.
 
     Args:
-        f: gives the logit of class 1, as in :func:`exact_mixup_loss`.
+        f: gives the logit of class 1, as in ``exact_mixup_loss``.
         X: inputs ``(n, d...)``.
         y: labels in {0, 1}.
         eta: radius, a number or one for each sample.
@@ -168,7 +168,7 @@ def adversarial_loss_quadratic(f: Model, X: Tensor, y: Tensor, eta: Tensor | flo
         A scalar in float64.
 
     Raises:
-        ValueError, TypeError: as :func:`exact_mixup_loss`; a negative radius.
+        ValueError, TypeError: as ``exact_mixup_loss``; a negative radius.
     """
     loss = Loss("bce")
     out, grad, Y = _outputs_and_gradients(Rows(f, X, loss, torch.float64), y)

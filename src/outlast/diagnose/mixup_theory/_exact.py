@@ -123,7 +123,7 @@ def expected_loss(
     partners: Tensor | None,
     chunk: int | None,
 ) -> Tensor:
-    """The mean over pairs and over the weight; ``partners`` as :func:`draw_partners` gives them."""
+    """The mean over pairs and over the weight; ``partners`` as ``draw_partners`` gives them."""
     lam, weight = gauss_jacobi(*law, nodes) if form == "mixed" else _label_preserving_nodes(*law, nodes)
     if rows.linear and partners is None:
         return _linear(loss, outputs, Y, lam, weight, form, symmetric=law[0] == law[1] and form == "mixed")

@@ -74,7 +74,7 @@ def curvature(family: str, u: Tensor) -> Tensor:
 def rademacher_bound_glm(gamma: float, rho: float, rank: int, n: int, *, tight: bool = False) -> float:
     """Bound of the Rademacher complexity of ``{x -> theta . x : E A''(theta . x) theta' S theta <= gamma}``.
 
-    ``max((gamma/rho)^(1/4), (gamma/rho)^(1/2)) sqrt(rank / n)`` for data that are rho-retentive (:func:`retentivity`); the rank
+    ``max((gamma/rho)^(1/4), (gamma/rho)^(1/2)) sqrt(rank / n)`` for data that are rho-retentive (``retentivity``); the rank
     is that of the data's covariance, not their dimension. The form was derived again and not compared with the paper's text.
 
     Args:
@@ -121,7 +121,7 @@ def retentivity(X: Tensor, family: Family = "logistic", directions: int = 1000, 
 
     Args:
         X: inputs ``(n, d)``, centred.
-        family: as in :func:`glm_penalty`.
+        family: as in ``glm_penalty``.
         directions: random directions.
         seed: of the directions.
         radius: largest root of ``E (v . x)^2`` that is tried.

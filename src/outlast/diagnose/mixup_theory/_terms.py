@@ -77,9 +77,9 @@ def mixup_terms(
     Each pair costs one directional derivative of a directional derivative (forward mode), about four forward passes.
 
     Args:
-        f: as in :func:`exact_mixup_loss`; its operations must have forward-mode derivatives.
+        f: as in ``exact_mixup_loss``; its operations must have forward-mode derivatives.
         X: training inputs ``(n, d...)``.
-        y: labels, as in :func:`exact_mixup_loss`.
+        y: labels, as in ``exact_mixup_loss``.
         alpha: first parameter of the Beta distribution.
         beta: its second parameter; None for ``alpha``.
         loss: ``"bce"``, ``"ce"``, ``"mse"`` or ``"glm"``.
@@ -91,7 +91,7 @@ def mixup_terms(
         generator: of random partners.
 
     Raises:
-        ValueError, TypeError: as :func:`exact_mixup_loss`.
+        ValueError, TypeError: as ``exact_mixup_loss``.
     """
     kind = named_loss(loss, log_partition)
     rows = Rows(f, X, kind, torch.float64)
@@ -146,7 +146,7 @@ def mixup_penalty(
     In the precision of the inputs, with the model in eval mode (BatchNorm frozen, no dropout).
 
     Args:
-        f: as in :func:`exact_mixup_loss`.
+        f: as in ``exact_mixup_loss``.
         x: inputs ``(B, d...)``, whose other samples are the partners.
         y: labels.
         alpha: first parameter of the Beta distribution.
@@ -160,7 +160,7 @@ def mixup_penalty(
         A scalar.
 
     Raises:
-        ValueError, TypeError: as :func:`exact_mixup_loss`.
+        ValueError, TypeError: as ``exact_mixup_loss``.
     """
     kind = named_loss(loss, log_partition)
     rows = Rows(f, x, kind, None)

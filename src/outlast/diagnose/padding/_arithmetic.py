@@ -54,10 +54,3 @@ def transposed(n: int, kernel: int, stride: int, dilation: int, pad: int, output
     extent = dilation * (kernel - 1) + 1
     out = (n - 1) * stride - 2 * pad + extent + output_padding
     return Window(out, pad, pad - output_padding, 0, output_padding)
-
-
-def same_padding(n: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """TensorFlow's SAME: as much padding as ``ceil(n / stride)`` windows need, the odd one on the right."""
-    extent = dilation * (kernel - 1) + 1
-    total = max((-(-n // stride) - 1) * stride + extent - n, 0)
-    return total // 2, total - total // 2

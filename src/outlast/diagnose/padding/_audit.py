@@ -261,10 +261,11 @@ def audit(
 ) -> PaddingReport:
     """Find the layers that treat the sides of an image unequally, in one pass without data.
 
-    Example::
-
+    Example:
+        ```python
         report = audit(torchvision.models.resnet50(), (3, 224, 224))
         print(report)               # eight layers lean left and up on each axis; at 225 none does
+        ```
 
     Args:
         model: any torch model; functional pools and pads are seen as well as modules. It is left as it is.
@@ -318,7 +319,7 @@ def suggest_sizes(
     Cleanliness depends on the size only through its remainder by the total stride, so one pass of the model and integers decide every size.
 
     Args:
-        model: as :func:`audit`.
+        model: as ``audit``.
         near: one length for squares, or ``(H, W)``.
         n: suggestions.
         max_growth: largest length over the one asked about; lengths down to its inverse are looked at.

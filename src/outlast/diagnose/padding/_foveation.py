@@ -60,7 +60,7 @@ def foveation(model: nn.Module, input_size: Sequence[int], *, layer: str | None 
     joined add up. What remains is linear, so the map does not depend on an input.
 
     Args:
-        model: as :func:`audit`.
+        model: as ``audit``.
         input_size: channels and spatial sizes.
         layer: name of the layer whose output is looked at; the last feature map.
         mode: give all convolutions this padding mode (``"partial"`` too), explicit pads before them included.

@@ -177,7 +177,7 @@ def watching_pads(watch: Callable[[Tensor, Tensor, Sequence[int], str], None]) -
 
 
 class _Padded:
-    """Convolution whose padding comes from :func:`pad`; mixed into torch's classes, so parameters and state dict stay theirs."""
+    """Convolution whose padding comes from ``pad``; mixed into torch's classes, so parameters and state dict stay theirs."""
 
     def __init__(
         self,
@@ -309,7 +309,7 @@ def convert(
     """Give the convolutions of a model another padding mode; names, parameters and state dict stay.
 
     A trained model must be trained on, or at least have its BatchNorm statistics estimated again: its weights expect the old borders.
-    Change the input size first (:func:`suggest_sizes`): a mode does not remove the lean of strided layers.
+    Change the input size first (``suggest_sizes``): a mode does not remove the lean of strided layers.
 
     Args:
         model: any model.

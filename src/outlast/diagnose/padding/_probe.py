@@ -74,7 +74,7 @@ def probe(
         stimulus: ``(channels, h, w)``.
         backgrounds: ``(n, channels, H, W)``, or one without n.
         score: ``score(output, places)`` gives one number for each image, shape ``(batch,)``; ``places`` are the centres of the stimulus,
-            ``(batch, 2)`` as (y, x) in pixels. Ready-made: :func:`class_logit`, :func:`heat_map`, :func:`detection`.
+            ``(batch, 2)`` as (y, x) in pixels. Ready-made: ``class_logit``, ``heat_map``, ``detection``.
         stride: pixels between places, counted from both edges to the middle, so that opposite edges compare.
         batch_size: images at a time.
         alpha: opacity of the stimulus, ``(h, w)`` or its shape; 1 everywhere.

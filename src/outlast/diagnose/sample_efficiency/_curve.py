@@ -53,7 +53,7 @@ class LearningCurve(Result):
     failed: tuple[FailedCell, ...]
 
     def fit(self, **settings: Any) -> LawFit:
-        """:func:`fit_law` of this curve."""
+        """``fit_law`` of this curve."""
         return fit_law(self.sizes, self.errors, **settings)
 
     def __repr__(self) -> str:
@@ -95,14 +95,15 @@ def learning_curve(
     Give every size a fair budget: the same number of steps with early stopping on validation examples rather than the same number of
     epochs, which would leave small subsets under-trained and bend the curve.
 
-    Example::
-
+    Example:
+        ```python
         def error_of(index, seed):
             model = train(images[index], labels[index], seed)
             return float((model(test_images).argmax(1) != test_labels).double().mean())
 
         curve = learning_curve(error_of, len(images), stratify=labels)
         print(curve.fit().needed(0.05))
+        ```
 
     Args:
         fit_and_score: ``fit_and_score(index, seed)`` trains on the examples of those numbers (int64, shuffled) and gives the error on one

@@ -151,16 +151,17 @@ def sample_efficiency(
 ) -> SampleEfficiency:
     """Measure how many examples each model needs, and with which power of the input size that number grows.
 
-    Example::
-
+    Example:
+        ```python
         models = {"dense": lambda dim: dense(dim), "conv": lambda dim: conv(dim)}
         print(sample_efficiency(models, quadratic_halves, train=train, dims=(8, 16, 32)))
+        ```
 
     Args:
         models: by name a function that builds one from global generators, which are seeded for it and restored: ``build(dim)``, or
             ``build()`` where there are no ``dims``. Outputs ``(n, classes)``, or ``(n,)`` or ``(n, 1)`` whose sign decides.
-        task: ``task(dim)`` for every one of ``dims``; without these a :class:`Task` or a data set of ``(input, label)``.
-        train: ``train(model, inputs, labels)``, for all or by model's name; :func:`outlast.diagnose.equivariance.train_with` makes one.
+        task: ``task(dim)`` for every one of ``dims``; without these a ``Task`` or a data set of ``(input, label)``.
+        train: ``train(model, inputs, labels)``, for all or by model's name; ``outlast.diagnose.equivariance.train_with`` makes one.
         dims: input sizes.
         threshold: accuracy that counts as learned.
         sizes: numbers of examples, or ``sizes(dim)``, for all or by model's name; otherwise doubling from 8 to at most 4 ``dim**2``, or to
@@ -168,7 +169,7 @@ def sample_efficiency(
         seeds: trainings at each size. Subsets of a seed are nested; its test examples are its own. One seed has no spread, hence no
             exponent.
         test_size: test examples of each seed.
-        batched: train all seeds of a size at once (a :class:`Trainer` without buffers and dropout): much faster for small models.
+        batched: train all seeds of a size at once (a ``Trainer`` without buffers and dropout): much faster for small models.
         bootstrap: draws for the exponents, 100 or more. Mean accuracies are drawn with the variance of the seeds, which is drawn towards
             its mean over the sizes of a curve: resampling three seeds would give intervals that are too narrow.
         seed: of data, initialisations and bootstrap.
