@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import warnings
 from itertools import pairwise
@@ -18,12 +20,17 @@ from outlast.diagnose.padding._arithmetic import transposed, window
 from outlast.diagnose.padding._probe import _grid
 from outlast.errors import OutlastWarning, UnsupportedError
 
-torchvision = pytest.importorskip("torchvision")
+
+@functools.lru_cache(maxsize=2)
+def built(name):
+    models = pytest.importorskip("torchvision.models", reason="torchvision (extra vision) is not installed")
+    torch.manual_seed(0)
+    return getattr(models, name)(weights=None)
 
 
 def backbone(name):
-    torch.manual_seed(0)
-    return getattr(torchvision.models, name)(weights=None)
+    """A network of torchvision, untrained; built once where tests of one follow each other."""
+    return copy.deepcopy(built(name))
 
 
 # ---- 1: arithmetic --------------------------------------------------------------------------------------------------------
@@ -910,7 +917,7 @@ def test_single_bad_lines_and_half_precision_in_feature_maps():
 
 def test_the_probe_takes_a_real_detector():
     torch.manual_seed(0)
-    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    build = pytest.importorskip("torchvision").models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
     detector = build(weights=None, weights_backbone=None, min_size=64, max_size=64)
     detector.eval()
     found = padding.probe(detector, torch.ones(3, 8, 8), torch.rand(1, 3, 64, 64), padding.detection(1, (8, 8)), stride=28, batch_size=4)

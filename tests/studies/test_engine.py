@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import toy_study
 
+from outlast._core._ray import ray_session
 from outlast.cli._progress import QuietProgress
 from outlast.studies import Claim, Metric, Scale, Study, get, names
 from outlast.studies._compute import compute
@@ -111,32 +112,32 @@ def test_fewer_than_three_seeds_decide_nothing(tmp_path):
     assert {claim.verdict for claim in summarise(run_toy(tmp_path, plan(seeds=2)), "").claims} == {"undecided"}
 
 
-def test_two_ray_workers_give_the_same_results(tmp_path, log):
+def test_two_ray_workers_give_the_same_results_and_name_failures(tmp_path, log):
     pytest.importorskip("ray", reason="ray (extra cluster) is not installed")
     alone = run_toy(tmp_path / "alone")
-    spread = run_toy(tmp_path / "spread", workers=2)
+    with ray_session(2, 1, "tests"):  # a start costs half a minute
+        spread = run_toy(tmp_path / "spread", workers=2)
+        failing = run_toy(tmp_path / "failing", plan(seeds=1, fail="raise"), workers=2)
     assert {k: r["metrics"] for k, r in spread.records.items()} == {k: r["metrics"] for k, r in alone.records.items()}
-
-
-def test_ray_failures_are_named(tmp_path, log):
-    pytest.importorskip("ray", reason="ray (extra cluster) is not installed")
-    result = run_toy(tmp_path, plan(seeds=1, fail="raise"), workers=2)
-    assert len(result.records) == 1
-    assert "told to fail" in result.failed[0][1]
+    assert len(failing.records) == 1
+    assert "told to fail" in failing.failed[0][1]
 
 
 def command(folder, *words):
     return [sys.executable, "-m", "outlast", "run", "toy_study:STUDY", "--out", str(folder), "--accelerator", "cpu", *words]
 
 
-def test_kill_at_ten_random_moments_loses_and_repeats_nothing(tmp_path, log):
+def test_kill_at_random_moments_loses_and_repeats_nothing(tmp_path, log):
     folder = tmp_path / "runs"
     words = command(folder, "--seeds", "8", "--set", "wait=0.05", "--json")
     rng = random.Random(0)
     finished = set()
-    for _ in range(10):
+    for _ in range(5):
+        before = computed(log)
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=TESTS)
-        time.sleep(rng.uniform(1.0, 5.0))
+        while computed(log) == before:  # a cell has begun
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.6))
         process.kill()
         assert b"damaged" not in process.communicate()[1]
         now = {path.name: path.read_bytes() for path in folder.glob("toy/quick/adding/*.json")}
@@ -145,7 +146,7 @@ def test_kill_at_ten_random_moments_loses_and_repeats_nothing(tmp_path, log):
     done = subprocess.run(words, capture_output=True, text=True, cwd=TESTS, check=True)
     assert json.loads(done.stdout)["claims"][0]["verdict"] == "holds"
     assert finished <= {(path.name, path.read_bytes()) for path in folder.glob("toy/quick/adding/*.json")}
-    assert computed(log) <= 16 + 10  # at most the one cell that each kill interrupted
+    assert computed(log) <= 16 + 5  # at most the one cell that each kill interrupted
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

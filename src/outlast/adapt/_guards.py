@@ -143,6 +143,9 @@ class EntropyFilter(Guard):
     Args:
         margin: in units of ``ln C``, or in nats with ``relative=False``.
         relative: see ``margin``.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
     """
 
     needs: ClassVar[Needs] = "classifier"
@@ -163,6 +166,9 @@ class RedundancyFilter(Guard):
     Args:
         threshold: keep a row if the absolute cosine to that mean is below it; 0.05 for 1,000 classes, 0.4 for 10.
         momentum: of the running mean.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
     """
 
     needs: ClassVar[Needs] = "classifier"
@@ -220,6 +226,9 @@ class Recovery(Guard):
             classes is 0.03 here; with 10 classes 0.2 nats would restore after every batch.
         relative: see ``threshold``.
         momentum: of the running mean.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
     """
 
     needs_source: ClassVar[bool] = True
@@ -251,7 +260,14 @@ class Recovery(Guard):
 
 
 class PeriodicReset(Guard):
-    """Return to the source every ``every`` updates (RDumb): a bound on how far things can go."""
+    """Return to the source every ``every`` updates (RDumb): a bound on how far things can go.
+
+    Args:
+        every: updates between returns, at least 1.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
+    """
 
     needs_source: ClassVar[bool] = True
 
@@ -283,6 +299,12 @@ class Diversity(Guard):
 
     The strongest guard against collapse where classes are balanced in the stream; where they are not, it pushes towards
     a balance that is not there.
+
+    Args:
+        weight: of the entropy of the mean prediction, at least 0.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
     """
 
     needs: ClassVar[Needs] = "classifier"
@@ -306,6 +328,9 @@ class Anchor(Guard):
     Args:
         strength: 2000 for ImageNet in EATA, 1 for CIFAR in one peer, both with Fisher weights.
         fisher: weight of each scalar by parameter name, as ``fisher_of`` computes it; None weighs all alike.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
     """
 
     needs_source: ClassVar[bool] = True
@@ -356,7 +381,15 @@ class Anchor(Guard):
 
 
 class StochasticRestore(Guard):
-    """After each step every adapted scalar returns to its source value with probability ``p`` (CoTTA)."""
+    """After each step every adapted scalar returns to its source value with probability ``p`` (CoTTA).
+
+    Args:
+        p: probability of each scalar after each step, in [0, 1].
+        seed: of the draws.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
+    """
 
     needs_source: ClassVar[bool] = True
 
@@ -388,7 +421,14 @@ class StochasticRestore(Guard):
 
 
 class DriftLimit(Guard):
-    """Keep ``||A - A0|| <= max_relative * ||A0||`` by projection after each step."""
+    """Keep ``||A - A0|| <= max_relative * ||A0||`` by projection after each step.
+
+    Args:
+        max_relative: largest distance from the source, relative to the source's norm, above 0.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
+    """
 
     needs_source: ClassVar[bool] = True
 
@@ -421,6 +461,9 @@ class CollapseAlarm(Guard):
         min_marginal_entropy: an absolute floor, in units of ``ln C``.
         action: ``"freeze"`` restores the source and adapts no more until ``reset()``; ``"reset"`` restores and goes on;
             ``"warn"`` warns once; ``"raise"`` raises ``DivergedError``, also after ten batches in a row that are not finite.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
     """
 
     needs: ClassVar[Needs] = "classifier"
@@ -501,6 +544,9 @@ class RingBuffer(Guard):
     Args:
         size: rows kept, the batch size that was good in the laboratory.
         min_rows: rows from which statistics are taken; None for a quarter of ``size``.
+
+    Raises:
+        ValueError, TypeError: a number outside of its range, or another type.
     """
 
     needs: ClassVar[Needs] = "classifier"

@@ -142,6 +142,8 @@ class _Counters:
 class PolicyAdapter(nn.Module):
     """Acts with a policy and adapts its encoder to what it sees.
 
+    Hansen et al., "Self-Supervised Policy Adaptation during Deployment", ICLR 2021.
+
     ```python
     adapter = PolicyAdapter(encoder, policy, aux, augment=RandomCrop(84), warmup=2)
     obs, _ = env.reset()

@@ -19,6 +19,8 @@ from outlast.adapt._guards import CollapseAlarm, EntropyFilter, Guard, Recovery
 class Tent(TestTimeAdapter):
     """Test-time entropy minimisation: batch statistics, and a step on scales and shifts for each batch predicted.
 
+    Wang, Shelhamer, Liu, Olshausen, Darrell, "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021.
+
     ```python
     adapted = Tent(model)
     for images in stream:
@@ -56,6 +58,8 @@ class Tent(TestTimeAdapter):
 
 class Norm(TestTimeAdapter):
     """The baseline of Tent: statistics of the test data, no gradient.
+
+    Schneider et al., NeurIPS 2020; Nado et al., 2020.
 
     Args:
         model: with BatchNorm layers; see ``TestTimeAdapter``, whose arguments are taken but those of the steps.

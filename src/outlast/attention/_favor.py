@@ -271,6 +271,8 @@ def _official_features(problem: Problem, eps: float) -> tuple[Tensor, Tensor]:
 class FavorAttention(Redrawn):
     """FAVOR+ with its random vectors: a drop-in for ``scaled_dot_product_attention`` inside a layer, without parameters.
 
+    Choromanski et al., "Rethinking Attention with Performers", ICLR 2021.
+
     Example:
         ```python
         attention = FavorAttention(head_dim=64, num_heads=8, layer=3)

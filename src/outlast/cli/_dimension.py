@@ -44,12 +44,14 @@ def _array(path: Path) -> Any:
     import numpy as np
 
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found
-        names = found.files
-        if len(names) == 1:
-            return found[names[0]]
+        with path.open("rb") as file:  # numpy leaves a damaged archive open that it has opened itself
+            if file.read(2) != b"PK":
+                return np.load(path, mmap_mode="r", allow_pickle=False)
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as found:
+                names = found.files
+                if len(names) == 1:
+                    return found[names[0]]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFileError(f"{path} cannot be read as an array ({error})") from error
     raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}); give a file with one")

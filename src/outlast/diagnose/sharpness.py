@@ -251,6 +251,9 @@ def sam_bound(perturbed_loss: float, w_norm_sq: float, k: int, n: int, rho: floa
         n: number of training samples, at least 2.
         rho: radius, above 0.
         delta: the bound holds with probability ``1 - delta``, in (0, 1].
+
+    Raises:
+        ValueError, TypeError: a number outside of its range.
     """
     perturbed_loss = _checks.real("perturbed_loss", perturbed_loss, low=0.0, high=1.0)
     w_norm_sq = _checks.real("w_norm_sq", w_norm_sq, low=0.0)

@@ -29,6 +29,8 @@ _VERSION = 1
 class BaseStatistics:
     """Count, mean and covariance factor of each base class.
 
+    Yang, Liu, Xu, "Free Lunch for Few-shot Learning: Distribution Calibration", ICLR 2021.
+
     ```python
     base = BaseStatistics.from_features(features, labels)
     ```
@@ -41,6 +43,9 @@ class BaseStatistics:
         tukey: power of the transform that the features were brought through, 1 for none; recorded only.
         dtype: of means and factors as they are kept; every update is computed in float64 and rounded to it.
         device: where they lie.
+
+    Raises:
+        ValueError, TypeError: a setting outside of its range, or another type.
 
     Attributes:
         labels: names of the classes, in order, as they were given.

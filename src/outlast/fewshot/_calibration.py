@@ -29,6 +29,8 @@ _BATCH_BYTES = 96 << 20  # of rows; their copies side by side take three times a
 class DistributionCalibration(EpisodeClassifier):
     """Few-shot classifier that borrows mean and covariance of the nearest base classes.
 
+    Yang, Liu, Xu, "Free Lunch for Few-shot Learning: Distribution Calibration", ICLR 2021, algorithm 1.
+
     ```python
     base = BaseStatistics.from_features(base_features, base_labels)
     classifier = DistributionCalibration(base).fit(support_features, support_labels)
@@ -67,6 +69,9 @@ class DistributionCalibration(EpisodeClassifier):
         calibrated_: the calibrated distributions; None without a base.
         n_iter_: iterations of each episode.
         converged_: whether each episode's fit converged.
+
+    Raises:
+        ValueError, TypeError: in ``fit``, a setting outside of its range, or a ``base`` that does not fit.
     """
 
     first_episode = 0

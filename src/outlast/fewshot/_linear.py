@@ -26,6 +26,9 @@ class SGDLinearClassifier(EpisodeClassifier):
         epochs: passes over the supports.
         batch_size: supports a step.
         random_state: seed.
+
+    Raises:
+        ValueError, TypeError: in ``fit``, a setting outside of its range, or another type.
     """
 
     first_episode = 0

@@ -44,6 +44,9 @@ class TwoViews:
         first: transform of the one view.
         second: of the other; None for the same transform, drawn anew.
         batch_ndim: dimensions of a batch: 4 for images.
+
+    Raises:
+        ValueError, TypeError: ``batch_ndim`` below 1, or no integer.
     """
 
     def __init__(self, first: Callable[[Any], Any], second: Callable[[Any], Any] | None = None, *, batch_ndim: int = 4) -> None:
@@ -64,6 +67,8 @@ class TwoViews:
 class StartupStudent(nn.Module):
     """Backbone, a linear head over the source classes and a projector.
 
+    Phoo, Hariharan, "Self-training for Few-shot Transfer Across Extreme Task Differences", ICLR 2021.
+
     Args:
         backbone: gives features ``(B, d)`` (more dimensions are flattened).
         head: logits of the source classes from features; it serves the source labels and the pseudo-labels.
@@ -71,6 +76,9 @@ class StartupStudent(nn.Module):
         batchnorm: ``"separate"`` runs source and each view through the backbone on its own, so that BatchNorm normalises each
             with its own statistics (the authors' form); ``"joint"`` runs all of them at once; ``"target"`` is separate, and
             ``adapt_representation`` estimates running statistics on target data anew at the end.
+
+    Raises:
+        ValueError, TypeError: an unknown ``batchnorm``.
     """
 
     def __init__(

@@ -75,6 +75,8 @@ class _Pending:
 class GradVac:
     """Combines the gradients of several losses into ``.grad``, for any optimizer.
 
+    Wang, Tsvetkov, Firat, Cao, "Gradient Vaccine", ICLR 2021, algorithm 1.
+
     ```python
     vaccine = GradVac(optimizer, tasks=["de", "fr", "tr"])
     optimizer.zero_grad()

@@ -57,6 +57,8 @@ class InvarianceLoss:
 class GroupInvariance:
     """Group-invariant predictions in a training loop.
 
+    Ahmed, Bengio, van Seijen, Courville, "Systematic Generalisation with Group Invariant Predictions", ICLR 2021.
+
     ```python
     method = GroupInvariance(model, head="fc", weight=10.0, ramp_steps=5 * len(loader))
     for epoch in range(epochs):

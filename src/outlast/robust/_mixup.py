@@ -270,6 +270,8 @@ class _BatchMix(nn.Module):
 class MixUp(_BatchMix):
     """Train on convex combinations of pairs of samples and of their labels.
 
+    Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+
     ```python
     mixup = MixUp(alpha=0.2, num_classes=10)
     images, targets = mixup(images, labels)
@@ -327,6 +329,8 @@ class MixUp(_BatchMix):
 
 class CutMix(_BatchMix):
     """Paste a box of another sample into each, and mix labels by the box's share.
+
+    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019.
 
     Arguments as for ``MixUp``. All dimensions after the second are cut (after the first for inputs ``(B, D)``), so
     sequences and volumes work too. The weight is that of the box as it was cut: boxes end at the border. With

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class SAMTrainerMixin:
     """Makes ``transformers.Trainer`` train with SAM.
 
+    Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021; see ``SAM``.
+
     ```python
     class SAMTrainer(SAMTrainerMixin, transformers.Trainer): ...
 
@@ -30,6 +32,9 @@ class SAMTrainerMixin:
     Args:
         sam: keyword arguments of ``SAM``; ``every`` and ``reuse`` are for optimizers that see whole steps, so
             they are refused here.
+
+    Raises:
+        ValueError: ``every`` or ``reuse``; in training, what ``SAM`` refuses.
     """
 
     optimizer: Any

@@ -225,6 +225,8 @@ def twonn(
 ) -> DimensionResult:
     """TwoNN: dimension from the ratio of the distances to the second and the first neighbour.
 
+    Facco, d'Errico, Rodriguez, Laio, Scientific Reports 2017.
+
     Args:
         data: as in ``estimate``.
         variant: ``"fit"`` (a line through the distribution of the ratios) or ``"ml"``. Where the two differ, the data mix
@@ -233,6 +235,9 @@ def twonn(
         anchors: as in ``estimate``.
         duplicates: as in ``estimate``.
         seed: of the anchors.
+
+    Raises:
+        ValueError, TypeError: as ``estimate``, or an argument outside of its range.
     """
     _checks.choice("variant", variant, ("fit", "ml"))
     discard = _checks.real("discard", discard, low=0.0)
@@ -270,12 +275,17 @@ def twonn(
 def gride(data: Any, max_rank: int = 64, *, anchors: Anchors = None, duplicates: Duplicates = "drop", seed: int = 0) -> ScaleCurve:
     """Gride: TwoNN's likelihood at the ranks 1 and 2, 2 and 4, ... up to ``max_rank``: dimension against scale.
 
+    Denti, Doimo, Laio, Mira, Scientific Reports 2022, equation 7.
+
     Args:
         data: as in ``estimate``.
         max_rank: the farthest neighbour used, at least 2.
         anchors: as in ``estimate``.
         duplicates: as in ``estimate``.
         seed: of the anchors.
+
+    Raises:
+        ValueError, TypeError: as ``estimate``, or an argument outside of its range.
     """
     max_rank = _checks.integer("max_rank", max_rank, low=2)
     rows = as_rows(data, duplicates=duplicates, least=max_rank + 1)
@@ -308,6 +318,9 @@ def scales(
         anchors: as in ``estimate``, for ``"k"``.
         duplicates: as in ``estimate``.
         seed: of anchors and blocks.
+
+    Raises:
+        ValueError, TypeError: as ``estimate``, or an argument outside of its range.
     """
     _checks.choice("by", by, ("k", "decimation"))
     max_k = _checks.integer("max_k", max_k, low=2)
@@ -363,6 +376,9 @@ def local_pca(
         anchors: as in ``estimate``.
         duplicates: as in ``estimate``.
         seed: of the anchors.
+
+    Raises:
+        ValueError, TypeError: as ``estimate``, or an argument outside of its range.
     """
     _checks.choice("rule", rule, ("fo", "ratio", "participation"))
     k = _checks.integer("k", k, low=2)
@@ -402,6 +418,9 @@ def by_class(data: Any, labels: Any, *, match_n: bool = True, seed: int = 0, **s
         match_n: draw as many rows of each class as the smallest has, since the estimate depends on their number.
         seed: of that draw and of the anchors.
         **settings: of ``estimate``.
+
+    Raises:
+        ValueError, TypeError: as ``estimate``, or an argument outside of its range.
     """
     whole = as_rows(data, duplicates="keep")
     names = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
@@ -435,6 +454,9 @@ def by_layer(
         pool: ``"flatten"`` or ``"mean"`` over positions.
         max_rows: rows to use.
         **settings: of ``estimate``.
+
+    Raises:
+        ValueError, TypeError: as ``estimate``, or an argument outside of its range.
     """
     _checks.choice("pool", pool, ("flatten", "mean"))
     features = layer_features(model, loader, layers, pool=pool, max_rows=max_rows)

@@ -84,6 +84,9 @@ class Metric:
         max_samples: rows kept.
         seed: of the reservoir.
         **settings: of ``estimate``.
+
+    Raises:
+        ValueError, TypeError: ``max_samples`` below 3; in ``compute``, settings that ``estimate`` refuses.
     """
 
     def __init__(self, max_samples: int = 5000, *, seed: int = 0, **settings: Any) -> None:

@@ -1,4 +1,7 @@
-"""Equivariance: is a way of training blind to rotations, permutations, sign flips or shifts of its input?"""
+"""Equivariance: is a way of training blind to rotations, permutations, sign flips or shifts of its input?
+
+Z. Li, Zhang, Arora, "Why Are Convolutional Nets More Sample-Efficient than Fully-Connected Nets?", ICLR 2021.
+"""
 
 from outlast.diagnose.equivariance._coupled import equivariance_test
 from outlast.diagnose.equivariance._initialisation import SymmetryResult, initialisation_symmetry

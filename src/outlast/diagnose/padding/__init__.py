@@ -1,4 +1,7 @@
-"""Padding: which layers treat the sides of an image unequally, what that does, and how to rewrite the model."""
+"""Padding: which layers treat the sides of an image unequally, what that does, and how to rewrite the model.
+
+Alsallakh, Kokhlikyan, Miglani, Yuan, Reblitz-Richardson, "Mind the Pad - CNNs Can Develop Blind Spots", ICLR 2021.
+"""
 
 from outlast.diagnose.padding._audit import LayerRow, PaddingReport, SizeSuggestion, audit, suggest_sizes
 from outlast.diagnose.padding._bias import FeatureBias, KernelAsymmetry, KernelRow, MapBias, feature_bias, kernel_asymmetry

@@ -1,4 +1,7 @@
-"""Sample efficiency: learning curves, the laws they follow, how many labels are needed, and how that grows with the input."""
+"""Sample efficiency: learning curves, the laws they follow, how many labels are needed, and how that grows with the input.
+
+Z. Li, Zhang, Arora, "Why Are Convolutional Nets More Sample-Efficient than Fully-Connected Nets?", ICLR 2021.
+"""
 
 from outlast.diagnose.sample_efficiency._curve import FailedCell, LearningCurve, learning_curve
 from outlast.diagnose.sample_efficiency._dimension import Exponent, SampleCurve, SampleEfficiency, sample_efficiency
