@@ -92,7 +92,7 @@ def demo(
     from outlast.studies import get
     from outlast.studies._registry import names_of
     from outlast.studies._run import run
-    from outlast.studies._summary import not_run, summarise
+    from outlast.studies._summary import not_run, summarise, tally
 
     processes = min(2, len(os.sched_getaffinity(0))) if processes is None else processes
     if processes < 1:
@@ -117,7 +117,7 @@ def demo(
             write_report(summaries, page)
     for summary in summaries:
         _print_summary(summary)
-    print(f"\nReport: {page.resolve()}")
+    print(f"\n{len(summaries)} studies: {tally([claim for summary in summaries for claim in summary.claims])}\nReport: {page.resolve()}")
     return OK if all(s.not_run or (s.finished == s.total) for s in summaries) else FAILURE
 
 

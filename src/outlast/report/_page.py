@@ -13,7 +13,7 @@ from outlast.report._figures import draw
 from outlast.studies._design import Figure
 from outlast.studies._results import MissingCellError, Results
 from outlast.studies._statistics import Interval
-from outlast.studies._summary import JudgedClaim, Summary
+from outlast.studies._summary import JudgedClaim, Summary, tally
 
 _FOLDER = Path(__file__).parent
 
@@ -39,6 +39,8 @@ def render(summaries: Sequence[Summary]) -> str:
     }
     return environment.get_template("page.html.jinja").render(
         summaries=summaries,
+        tally=tally,
+        claims=[claim for summary in summaries for claim in summary.claims],
         figures=figures,
         style=environment.filters["safe"]((_FOLDER / "page.css").read_text()),
         version=__version__,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +145,13 @@ def summarise(run: Run, command: str) -> Summary:
         overrides=run.plan.overrides,
         launch=next((cell.launch for cell in run.cells), {}),
     )
+
+
+def tally(claims: Sequence[JudgedClaim]) -> str:
+    """How many claims hold, are undecided and fail, in words."""
+    counts = Counter(claim.verdict for claim in claims)
+    words = (("holds", "hold"), ("undecided", "undecided"), ("fails", "fail"))
+    return ", ".join(f"{counts[name]} {word}" for name, word in words if counts[name]) or "no claim"
 
 
 def not_run(study: Study, scale: str, reason: str) -> Summary:

@@ -496,7 +496,7 @@ _REAL = Part(
             _normalisation_gap,
             1e-6,
             "at most",
-            digits=9,
+            digits=6,
         ),
         Claim(
             "published-rise",

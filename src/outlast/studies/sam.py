@@ -182,7 +182,7 @@ def _draw_curves(figure: Any, results: Results) -> None:
         axes.plot([100.0 * (epoch + 1) / len(curve) for epoch in range(len(curve))], curve, label=_PART.arm(arm).title)
     axes.set_xlabel("training (% of its epochs)")
     axes.set_ylabel("accuracy on clean test images (%)")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
 
 
 def _describe_curves(results: Results) -> str:
@@ -201,7 +201,7 @@ def _draw_flatness(figure: Any, results: Results) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("largest eigenvalue of the Hessian of the training loss")
     axes.set_ylabel("accuracy on clean test images (%)")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
 
 
 def _describe_flatness(results: Results) -> str:
