@@ -3,7 +3,7 @@
 .PHONY: help demo test test-all lint docs bench clean
 SHELL := /bin/bash
 BIN := .venv/bin
-DEV := cli,train,vision,rl,report,cluster,studies,peers,dev
+DEV := cli,train,vision,text,rl,report,cluster,studies,peers,dev
 OUT ?= runs/demo
 WHICH = not slow
 
