@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from compositions import ALL, APART, NO_PARTS, STEPS, WithMemory, in_two
-from helpers import in_processes, same
+from compositions import ALL, APART, NO_PARTS, STEPS, Composition, VaccineMemory, WithMemory, in_two, sgd
+from helpers import families, in_processes, mlp, same
 from torch.utils._pytree import tree_leaves
+
+from outlast.multitask import GradVac
 
 KINDS = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
 
@@ -128,16 +130,37 @@ def test_tent_follows_other_trainings():
 
 
 def test_calibration_follows_adaptation():
-    from helpers import families
+    """On an encoder that STARTUP adapted, classes of the target's domain are told apart from one label each."""
+    from torch.utils.data import DataLoader, TensorDataset
 
-    from outlast.fewshot import BaseStatistics, DistributionCalibration
+    from outlast.data import Indexed
+    from outlast.fewshot import BaseStatistics, DistributionCalibration, TwoViews, adapt_representation, embed
 
     torch.manual_seed(0)
-    encoder = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())  # as adaptation leaves it
     (base, base_labels), (novel, labels) = families()
-    with torch.no_grad():
-        statistics = BaseStatistics.from_features(encoder(base), base_labels)
-        shots = [int((labels == c).nonzero()[0]) for c in labels.unique()[:5]]
-        model = DistributionCalibration(statistics, random_state=0).fit(encoder(novel[shots]), labels[shots])
-        predicted = model.predict(encoder(novel[shots]))
-    assert (torch.as_tensor(predicted) == labels[shots]).all()
+    teacher = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU()), torch.nn.Linear(32, 40))
+    source = DataLoader(TensorDataset(base, base_labels), batch_size=240)
+    target = DataLoader(Indexed(TensorDataset(novel)), batch_size=240)
+    views = TwoViews(lambda rows: rows + 0.1 * torch.randn_like(rows), batch_ndim=2)
+    found = adapt_representation(teacher, source, target, epochs=2, lr=0.05, views=views)
+    assert not torch.equal(next(found.backbone.parameters()), teacher[0][0].weight)
+    features, names = embed(found.backbone, source)
+    queries, truth = embed(found.backbone, DataLoader(TensorDataset(novel, labels), batch_size=240))
+    statistics = BaseStatistics.from_features(features, names)
+    few = labels.unique()[:5]
+    shots = torch.stack([(truth == c).nonzero()[0, 0] for c in few])
+    rest = torch.isin(truth, few)
+    rest[shots] = False
+    predicted = DistributionCalibration(statistics, random_state=0).fit(queries[shots], truth[shots]).predict(queries[rest])
+    assert float((torch.as_tensor(predicted) == truth[rest]).float().mean()) > 0.5  # chance is 0.2
+
+
+def test_a_vaccine_made_before_or_after_a_memory_trains_alike():
+    class Before(VaccineMemory):
+        def __init__(self, wrap):
+            Composition.__init__(self, mlp(), wrap)
+            self.optimizer = sgd(self.model)
+            self.vaccine = GradVac(self.optimizer, ["a", "b"], model=self.wrapped, beta=0.3)
+            self.memory = self.remember()
+
+    assert same(Before(plain).run(range(STEPS)), VaccineMemory(plain).run(range(STEPS)))
