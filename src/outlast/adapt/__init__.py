@@ -7,6 +7,7 @@ from outlast.adapt._adapter import TestTimeAdapter
 from outlast.adapt._auxiliary import AuxTask, InverseDynamics, RandomCrop, RotationPrediction, joint_step
 from outlast.adapt._entropy import Entropy, entropy
 from outlast.adapt._guards import (
+    ActionWatch,
     Anchor,
     CollapseAlarm,
     Diversity,
@@ -20,8 +21,8 @@ from outlast.adapt._guards import (
     StochasticRestore,
 )
 from outlast.adapt._parameters import norm_affine_except
-from outlast.adapt._policy import ActionWatch, PolicyAdapter, PolicyAdaptReport
-from outlast.adapt._report import AdaptReport
+from outlast.adapt._policy import PolicyAdapter
+from outlast.adapt._report import AdaptReport, PolicyAdaptReport
 from outlast.adapt._tent import Norm, Tent
 
 if TYPE_CHECKING:

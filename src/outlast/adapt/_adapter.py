@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -38,32 +37,18 @@ from outlast.adapt._guards import (
     source_or_raise,
 )
 from outlast.adapt._parameters import NormAffineExcept
-from outlast.adapt._report import ClassifierReport
+from outlast.adapt._report import ClassifierReport, Counters, smoothed
 from outlast.adapt._sources import Reload, check_factory, move_state
 from outlast.adapt._statistics import MODES, Mode, Statistics
 from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
 
-_SMOOTHING = 0.9
-_HISTORY = 2000
 _VERSION = 1
 
 
 @dataclasses.dataclass
-class _Counters:
-    """Everything that the report tells and that changes from batch to batch."""
-
-    updates: int = 0
-    skipped: int = 0
-    resets: int = 0
-    seen: int = 0
-    used: int = 0
+class _Counters(Counters):
     bad_in_a_row: int = 0
-    loss: float = math.nan
     entropy: float = math.nan
-    last_loss: float = math.nan
-    frozen: bool = False
-    events: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -291,18 +276,10 @@ class TestTimeAdapter(nn.Module):
     @property
     def report(self) -> ClassifierReport:
         """What has happened since the start or the last ``reset()``."""
-        counters = self._counters
         return ClassifierReport(
-            updates=counters.updates,
-            skipped=counters.skipped,
-            resets=counters.resets,
-            seen=counters.seen,
-            used=counters.used,
-            loss=counters.loss,
+            **self._counters.reported(),
             drift=self._drift(),
-            events=tuple(counters.events),
-            history=np.asarray(counters.history, np.float64).reshape(-1, 2),
-            entropy=counters.entropy,
+            entropy=self._counters.entropy,
             marginal_entropy=self._window.marginal_entropy(),
         )
 
@@ -385,7 +362,7 @@ class TestTimeAdapter(nn.Module):
 
     def note(self, event: str) -> None:
         """Record an event with the number of updates so far."""
-        self._counters.events.append((self._counters.updates, event))
+        self._counters.note(event)
 
     def all_sum(self, value: Tensor) -> Tensor:
         """The sum over processes; the value itself where there is one."""
@@ -547,19 +524,13 @@ class TestTimeAdapter(nn.Module):
         return True
 
     def _step(self, grads: list[Tensor]) -> None:
-        counters = self._counters
         for parameter, grad in zip(self._params, grads, strict=True):
             parameter.grad = grad
         self._build_optimizer().step()
         for parameter in self._params:
             parameter.grad = None
         torch.clear_autocast_cache()  # autocast may hold copies of the parameters that just changed
-        counters.updates += 1
-        loss = counters.last_loss
-        counters.loss = loss if math.isnan(counters.loss) else _SMOOTHING * counters.loss + (1 - _SMOOTHING) * loss
-        counters.history.append((counters.updates, loss))
-        if len(counters.history) > _HISTORY:
-            counters.history = counters.history[::2]
+        self._counters.step(self._counters.last_loss)
         for guard in self._guards:
             guard.after_step(self)
 
@@ -642,8 +613,7 @@ class TestTimeAdapter(nn.Module):
             logits, p = logits[finite], p[finite]
         counters = self._counters
         if len(logits):
-            mean = float(entropy(logits))
-            counters.entropy = mean if math.isnan(counters.entropy) else _SMOOTHING * counters.entropy + (1 - _SMOOTHING) * mean
+            counters.entropy = smoothed(counters.entropy, float(entropy(logits)))
             self._window.add(p)
         if not counters.frozen:
             for guard in self._guards:
@@ -708,7 +678,6 @@ class TestTimeAdapter(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Everything beside the model that the next batch depends on: tensors and plain values."""
         self._refuse_at_source("state_dict()")
-        counters = dataclasses.asdict(self._counters)
         return {
             "version": _VERSION,
             "names": list(self._names),
@@ -719,7 +688,7 @@ class TestTimeAdapter(nn.Module):
             "statistics": self._statistics.to_state(),
             "window": self._window.rows,
             "classes": self._classes,
-            "counters": counters,
+            "counters": self._counters.to_state(),
             "accumulated": dataclasses.asdict(self._accumulated),
         }
 
@@ -749,10 +718,7 @@ class TestTimeAdapter(nn.Module):
         self._window.rows = None if state["window"] is None else state["window"].to(device, copy=True)
         self._classes = int(state["classes"])
         self._checked = self._classes > 0
-        counters = dict(state["counters"])
-        counters["events"] = [(int(number), str(kind)) for number, kind in counters["events"]]
-        counters["history"] = [(int(number), float(value)) for number, value in counters["history"]]
-        self._counters = _Counters(**counters)
+        self._counters = _Counters.from_state(state["counters"])
         held = dict(state["accumulated"])
         held["grads"] = [grad.to(p.device, p.dtype, copy=True) for grad, p in zip(held["grads"], self._params, strict=False)]
         self._accumulated = _Accumulated(**held)

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -447,7 +447,31 @@ class DriftLimit(Guard):
             _foreach.copy_(now, [b + factor.to(gap) * gap for b, gap in zip(source, gaps, strict=True)])
 
 
-class CollapseAlarm(Guard):
+ACTIONS = ("freeze", "reset", "warn", "raise")
+
+
+class _Alarm(Guard):
+    """A guard that acts when something is seen."""
+
+    action: str
+    _warned: bool
+
+    def _go_off(self, adapter: Adapter, event: str, message: str) -> None:
+        """Bring the source back (and stay there), raise, or warn once, as ``action`` says."""
+        if self.action in ("freeze", "reset"):
+            adapter.restore(event)
+            if self.action == "freeze":
+                adapter.freeze()
+        elif self.action == "raise":
+            adapter.note(event)
+            raise DivergedError(message)
+        elif not self._warned:
+            self._warned = True
+            adapter.note(event)
+            warnings.warn(message, OutlastWarning, stacklevel=3)
+
+
+class CollapseAlarm(_Alarm):
     """Watch the variety of the returned predictions, and act when it falls.
 
     ``M`` is the entropy of the mean of the last ``window`` predictions, divided by ``ln C``. The first full window after
@@ -480,7 +504,7 @@ class CollapseAlarm(Guard):
         self.min_marginal_entropy = (
             None if min_marginal_entropy is None else _checks.real("min_marginal_entropy", min_marginal_entropy, low=0.0, high=1.0)
         )
-        self.action = _checks.choice("action", action, ("freeze", "reset", "warn", "raise"))
+        self.action = _checks.choice("action", action, ACTIONS)
         self._rows = Window(self.window)
         self._first: float | None = None
         self._warned = False
@@ -499,19 +523,8 @@ class CollapseAlarm(Guard):
         low = value < self._first - self.max_drop
         if not low and (self.min_marginal_entropy is None or value >= self.min_marginal_entropy):
             return
-        if self.action in ("freeze", "reset"):
-            adapter.restore("collapse alarm")
-            if self.action == "freeze":
-                adapter.freeze()
-            return
         message = f"the predictions collapse: marginal entropy {value:.3f}, {self._first:.3f} at the start (in units of ln C)"
-        if self.action == "raise":
-            adapter.note("collapse alarm")
-            raise DivergedError(message)
-        if not self._warned:
-            self._warned = True
-            adapter.note("collapse alarm")
-            warnings.warn(message, OutlastWarning, stacklevel=2)
+        self._go_off(adapter, "collapse alarm", message)
 
     def restored(self) -> None:
         """The window starts anew, and so does its reference."""
@@ -534,6 +547,55 @@ class CollapseAlarm(Guard):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take window and reference."""
         self._rows.rows, self._first, self._warned = state["rows"], state["first"], bool(state["warned"])
+
+
+class ActionWatch(_Alarm):
+    """Act when the adapted policy departs from the source policy on the present observation.
+
+    Args:
+        limit: largest mean absolute difference of their actions.
+        action: ``"reset"`` restores the source and goes on, ``"freeze"`` restores it and adapts no more until ``reset()``, ``"warn"`` warns
+            once, ``"raise"`` raises ``DivergedError``.
+        every: updates between two looks, each of which is a pass of the source policy.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    needs: ClassVar[Needs] = "actions"
+    needs_source: ClassVar[bool] = True
+
+    def __init__(self, limit: float, action: Literal["reset", "freeze", "warn", "raise"] = "reset", every: int = 1) -> None:
+        self.limit = _checks.real("limit", limit, low=0.0, low_open=True)
+        self.action = _checks.choice("action", action, ACTIONS)
+        self.every = _checks.integer("every", every, low=1)
+        self._count, self._warned = 0, False
+
+    def after_step(self, adapter: Adapter) -> None:
+        """Compare, and act."""
+        self._count += 1
+        if self._count % self.every:
+            return
+        departure = float(cast("Any", adapter).departure())
+        if departure > self.limit:
+            message = f"the adapted policy departs from the source policy by {departure:.3g}, more than {self.limit:g}"
+            self._go_off(adapter, "action watch", message)
+
+    def restored(self) -> None:
+        """Count anew."""
+        self._count = 0
+
+    def reset(self) -> None:
+        """As new."""
+        self._count, self._warned = 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Updates so far, and whether it has warned."""
+        return {"count": self._count, "warned": self._warned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take both."""
+        self._count, self._warned = int(state["count"]), bool(state["warned"])
 
 
 class RingBuffer(Guard):

@@ -7,14 +7,13 @@ task, takes one step of the task's loss on the newest transition; the policy's h
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,15 +27,13 @@ from outlast._core._random import derived_seed, generator
 from outlast.adapt._auxiliary import AuxTask, InverseDynamics, RandomCrop, as_floats, prepared
 from outlast.adapt._copies import Arrived, Copies, Found, Rows, TaskLoss, background, loss_and_grads
 from outlast.adapt._crop_sharing import CropSharing
-from outlast.adapt._guards import Adapter, Guard, Needs, check_guards, load_guards
-from outlast.adapt._report import AdaptReport
+from outlast.adapt._guards import Guard, check_guards, load_guards
+from outlast.adapt._report import Counters, PolicyAdaptReport, smoothed, together
 from outlast.adapt._sources import Reload, check_factory, move_state
-from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
+from outlast.errors import OutlastWarning, StateError, UnsupportedError
 
 _VERSION = 1
-_SMOOTHING = 0.9  # of the reported loss
 _GATE_SMOOTHING = 0.8
-_HISTORY = 2000
 _CONSTANT = 1e-6  # variance of actions below which they tell nothing
 _LOOK_BACK = 10  # actions that are looked at for it
 _RETRY = 20  # steps until an update that was too slow is tried again
@@ -45,98 +42,10 @@ _PROBES = 8  # random images, and other weights, that tell whether the policy re
 _BYTES = 16.0  # floats beyond this are bytes that nobody divided by 255: normalised images stay far below
 
 
-@dataclass(frozen=True, repr=False)
-class PolicyAdaptReport(AdaptReport):
-    """An ``AdaptReport`` of a policy.
-
-    Attributes:
-        departure: mean absolute difference between the adapted and the source policy's action on the newest observation (share of
-            different ones for discrete actions); NaN before the first.
-        threshold: of the gate; None without one.
-        gate_loss: moving average (0.8/0.2) of the loss that the gate looks at; NaN without a gate.
-        milliseconds: mean time of an update.
-    """
-
-    departure: float
-    threshold: float | None
-    gate_loss: float
-    milliseconds: float
-
-
-class ActionWatch(Guard):
-    """Act when the adapted policy departs from the source policy on the present observation.
-
-    Args:
-        limit: largest mean absolute difference of their actions.
-        action: ``"reset"`` restores the source and goes on, ``"freeze"`` restores it and adapts no more until ``reset()``, ``"warn"`` warns
-            once, ``"raise"`` raises ``DivergedError``.
-        every: updates between two looks, each of which is a pass of the source policy.
-
-    Raises:
-        ValueError: out of range.
-    """
-
-    needs: ClassVar[Needs] = "actions"
-    needs_source: ClassVar[bool] = True
-
-    def __init__(self, limit: float, action: Literal["reset", "freeze", "warn", "raise"] = "reset", every: int = 1) -> None:
-        self.limit = _checks.real("limit", limit, low=0.0, low_open=True)
-        self.action = _checks.choice("action", action, ("reset", "freeze", "warn", "raise"))
-        self.every = _checks.integer("every", every, low=1)
-        self._count, self._warned = 0, False
-
-    def after_step(self, adapter: Adapter) -> None:
-        """Compare, and act."""
-        self._count += 1
-        if self._count % self.every:
-            return
-        departure = cast("PolicyAdapter", adapter).departure()
-        if not departure > self.limit:
-            return
-        message = f"the adapted policy departs from the source policy by {departure:.3g}, more than {self.limit:g}"
-        if self.action in ("reset", "freeze"):
-            adapter.restore("action watch")
-            if self.action == "freeze":
-                adapter.freeze()
-        elif self.action == "raise":
-            adapter.note("action watch")
-            raise DivergedError(message)
-        elif not self._warned:
-            self._warned = True
-            adapter.note("action watch")
-            warnings.warn(message, OutlastWarning, stacklevel=2)
-
-    def restored(self) -> None:
-        """Count anew."""
-        self._count = 0
-
-    def reset(self) -> None:
-        """As new."""
-        self._count, self._warned = 0, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Updates so far, and whether it has warned."""
-        return {"count": self._count, "warned": self._warned}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take both."""
-        self._count, self._warned = int(state["count"]), bool(state["warned"])
-
-
 @dataclass
-class _Counters:
-    updates: int = 0
-    skipped: int = 0
-    resets: int = 0
-    seen: int = 0
-    used: int = 0
-    loss: float = math.nan
-    last_loss: float = math.nan
+class _Counters(Counters):
     gate_loss: float = math.nan
     milliseconds: float = math.nan
-    frozen: bool = False
-    events: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
 class PolicyAdapter(nn.Module):
@@ -557,24 +466,16 @@ class PolicyAdapter(nn.Module):
         """What has happened since the start or the last ``reset()``; with ``per_env``, of all environments together (see ``reports``)."""
         self._settle()
         if self._copies is not None:
-            return _together(self.reports)
-        counters = self._counters
+            return together(self.reports)
         source = _foreach.norm(self._source)
         gaps = [parameter.detach() - value for parameter, value in zip(self.adapted.values(), self._source, strict=True)]
         return PolicyAdaptReport(
-            updates=counters.updates,
-            skipped=counters.skipped,
-            resets=counters.resets,
-            seen=counters.seen,
-            used=counters.used,
-            loss=counters.loss,
+            **self._counters.reported(),
             drift=float(_foreach.norm(gaps) / source.clamp(min=1e-30)),
-            events=tuple(counters.events),
-            history=np.asarray(counters.history, np.float64).reshape(-1, 2),
             departure=self.departure(),
             threshold=self._threshold,
-            gate_loss=counters.gate_loss,
-            milliseconds=counters.milliseconds,
+            gate_loss=self._counters.gate_loss,
+            milliseconds=self._counters.milliseconds,
         )
 
     @property
@@ -654,7 +555,7 @@ class PolicyAdapter(nn.Module):
 
     def note(self, event: str) -> None:
         """Record an event with the number of updates so far."""
-        self._counters.events.append((self._counters.updates, event))
+        self._counters.note(event)
 
     def all_sum(self, value: Tensor) -> Tensor:
         """The value itself: deployment is one process."""
@@ -876,8 +777,7 @@ class PolicyAdapter(nn.Module):
         loss = self._watched(obs, action, next_obs)
         if not math.isfinite(loss):
             return True
-        before = self._counters.gate_loss
-        self._counters.gate_loss = loss if math.isnan(before) else _GATE_SMOOTHING * before + (1.0 - _GATE_SMOOTHING) * loss
+        self._counters.gate_loss = smoothed(self._counters.gate_loss, loss, _GATE_SMOOTHING)
         return not self._counters.gate_loss > self._threshold
 
     def _too_slow(self) -> bool:
@@ -999,18 +899,11 @@ class PolicyAdapter(nn.Module):
         for parameter in parameters:
             parameter.grad = None
         torch.clear_autocast_cache()  # autocast may hold copies of the parameters that just changed
-        counters.updates += 1
         counters.used += used
-        counters.last_loss = value
-        counters.loss = value if math.isnan(counters.loss) else _SMOOTHING * counters.loss + (1.0 - _SMOOTHING) * value
-        counters.history.append((counters.updates, value))
-        if len(counters.history) > _HISTORY:
-            counters.history = counters.history[::2]
+        counters.step(value)
         for guard in self._guards:
             guard.after_step(self)
-        elapsed = 1e3 * (seconds + time.perf_counter() - start)
-        known = counters.milliseconds
-        counters.milliseconds = elapsed if math.isnan(known) else _SMOOTHING * known + (1.0 - _SMOOTHING) * elapsed
+        counters.milliseconds = smoothed(counters.milliseconds, 1e3 * (seconds + time.perf_counter() - start))
         return value
 
     def _settle(self, *, wait: bool = True) -> float | None:
@@ -1065,7 +958,7 @@ class PolicyAdapter(nn.Module):
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
             "guards": [(type(guard).__name__, guard.state_dict()) for guard in self._guards],
             "generator": self._generator.get_state(),
-            "counters": dataclasses.asdict(self._counters),
+            "counters": self._counters.to_state(),
             "recent": [list(entry) for entry in self._recent],
             "actions": list(self._actions),
             "steps": self._step_numbers,
@@ -1103,10 +996,7 @@ class PolicyAdapter(nn.Module):
         if state["optimizer"] is not None:
             self._ready_optimizer(parameters).load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
-        counters = dict(state["counters"])
-        counters["events"] = [(int(number), str(kind)) for number, kind in counters["events"]]
-        counters["history"] = [(int(number), float(value)) for number, value in counters["history"]]
-        self._counters = _Counters(**counters)
+        self._counters = _Counters.from_state(state["counters"])
         self._recent = [cast("Any", tuple(part.to(device, copy=True) for part in entry)) for entry in state["recent"]]
         self._actions = [each.clone() for each in state["actions"]]
         self._step_numbers, self._ended = (None if each is None else each.clone() for each in (state["steps"], state["ended"]))
@@ -1184,26 +1074,6 @@ def _finite(rows: Tensor) -> Tensor:
     if not rows.is_floating_point():
         return torch.ones(len(rows), dtype=torch.bool)
     return rows.isfinite().reshape(len(rows), -1).all(1).cpu()
-
-
-def _together(reports: Sequence[PolicyAdaptReport]) -> PolicyAdaptReport:
-    """Sums of counters, means of figures; events and losses in the order of the environments."""
-
-    def mean(name: str) -> float:
-        known = [value for report in reports if not math.isnan(value := float(getattr(report, name)))]
-        return sum(known) / len(known) if known else math.nan
-
-    return PolicyAdaptReport(
-        updates=sum(report.updates for report in reports),
-        skipped=sum(report.skipped for report in reports),
-        resets=sum(report.resets for report in reports),
-        seen=sum(report.seen for report in reports),
-        used=sum(report.used for report in reports),
-        **{name: mean(name) for name in ("loss", "drift", "departure", "gate_loss", "milliseconds")},
-        events=tuple((number, f"environment {place}: {kind}") for place, report in enumerate(reports) for number, kind in report.events),
-        history=np.concatenate([report.history for report in reports]),
-        threshold=reports[0].threshold,
-    )
 
 
 def _range(dtype: torch.dtype) -> str:
