@@ -77,7 +77,7 @@ def test_bad_input():
         (lambda: fgsm(net, x.mul(255).byte(), y, 0.1), TypeError, "floating-point"),
         (lambda: fgsm_curve(net, [], (0.1,)), ValueError, "data is empty"),
         (lambda: fgsm_curve(net, (x, y), ()), ValueError, "eps is empty"),
-        (lambda: fgsm_curve(net, [x], (0.1,)), ValueError, "batches must be"),
+        (lambda: fgsm_curve(net, [x], (0.1,)), ValueError, "batches of data must be"),
         (lambda: generalization_gap(net, [], (x, y)), ValueError, "train is empty"),
     ):
         with pytest.raises(error, match=text):

@@ -131,7 +131,7 @@ def test_wrong_labels_are_refused():
         PseudoLabels(torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.6, 0.5]]), torch.arange(3))
     with pytest.raises(ValueError, match=r"\(3, 2\) and \(4,\)"):
         PseudoLabels(rows, torch.arange(4))
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match="probs and ids have no rows"):
         PseudoLabels(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(TypeError, match="integers"):
         PseudoLabels(rows, torch.rand(3))

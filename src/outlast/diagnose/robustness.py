@@ -121,7 +121,7 @@ def fgsm_curve(
     hits, losses, count = [0] * len(sizes), [0.0] * len(sizes), 0
     interval = _interval(clip)
     with eval_mode(model):
-        for x, y in _labelled_batches(data, device_of(model, device)):
+        for x, y in _labelled_batches(data, device_of(model, device), "data"):
             sign = _sign(model, x, y, loss_fn)
             for place, size in enumerate(sizes):
                 with torch.no_grad():
@@ -163,7 +163,7 @@ def generalization_gap(
 
 def _measure(model: nn.Module, data: Any, loss_fn: LossFunction, device: torch.device, name: str) -> tuple[float, float]:
     loss, hits, count = 0.0, 0, 0
-    for x, y in _labelled_batches(data, device):
+    for x, y in _labelled_batches(data, device, name):
         logits = model(x)
         loss += len(x) * float(loss_fn(logits, y))
         hits += int((logits.argmax(1) == y).sum())
@@ -196,10 +196,10 @@ def _interval(clip: Clip) -> Clip:
     return low, high
 
 
-def _labelled_batches(data: Any, device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
+def _labelled_batches(data: Any, device: torch.device, name: str) -> Iterable[tuple[Tensor, Tensor]]:
     single = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor)
     whole = single and data[0].ndim > 0 and data[1].ndim > 0 and len(data[0]) == len(data[1])
     for batch in [data] if whole else cast("Iterable[Any]", data):
         if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise ValueError("batches must be (inputs, labels, ...)")
+            raise ValueError(f"batches of {name} must be (inputs, labels, ...), got {type(batch).__name__}")
         yield batch[0].to(device), batch[1].to(device)

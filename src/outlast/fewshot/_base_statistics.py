@@ -125,7 +125,7 @@ class BaseStatistics:
             )
         kept = _sorted([name for name in members if name not in set(few)])
         if not kept:
-            raise ValueError("no base class is left")
+            raise ValueError(f"no base class is left: all {len(members)} have fewer than min_count={least} features")
         if tukey is not None:
             rows = tukey_transform(rows, tukey, negative=negative)
         found = cls(rows.shape[1], tukey=1.0 if tukey is None else tukey, dtype=dtype, device=device)

@@ -89,7 +89,7 @@ class PseudoLabels(Result):
         if probs.ndim != 2 or ids.shape != probs.shape[:1]:
             raise ValueError(f"probs must have shape (N, K) and ids (N,), got {tuple(probs.shape)} and {tuple(ids.shape)}")
         if not len(ids):
-            raise ValueError("there are no samples")
+            raise ValueError(f"probs and ids have no rows: shape {tuple(probs.shape)}")
         check_distributions(probs, "probs")
         ids = ids.to(torch.int64)
         order = ids.argsort(stable=True)

@@ -176,7 +176,8 @@ def gradient_similarity(
         clean.append(squares if split else sums.diagonal())
     gram, square = torch.stack(grams), torch.stack(clean)
     if not torch.isfinite(gram).all():
-        raise ValueError("the gradient of a task is not finite")
+        bad = [repr(task) for task, finite in zip(tasks, gram.sum(0).diagonal().isfinite().tolist(), strict=True) if not finite]
+        raise ValueError(f"the gradient of {', '.join(bad) or 'a task'} is not finite")
     cosine = _cosines(gram, square)
     return SimilarityResult(
         tuple(tasks), tuple(part.name for part in parts), cosine, _cosines(gram.sum(0, keepdim=True), square.sum(0, keepdim=True))[0], split

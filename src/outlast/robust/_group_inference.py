@@ -389,7 +389,7 @@ def _check_inputs(features: Tensor, logits: Tensor, labels: Tensor) -> None:
             f"{tuple(features.shape)}, {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     if n == 0:
-        raise ValueError("there are no examples")
+        raise ValueError(f"features have no rows: shape {tuple(features.shape)}")
     if labels.is_floating_point():
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if logits.shape[1] < 2:

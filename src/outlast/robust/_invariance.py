@@ -242,7 +242,7 @@ def _check(logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int) -> t
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {values.dtype}")
     if len(logits) == 0:
-        raise ValueError("the batch is empty")
+        raise ValueError(f"logits have no rows, so the batch is empty: shape {tuple(logits.shape)}")
     if logits.shape[1] < 2:
         raise ValueError("logits have one class: there is nothing to predict")
     labels, groups = labels.long(), groups.long()

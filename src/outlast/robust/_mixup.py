@@ -185,7 +185,7 @@ class _BatchMix(nn.Module):
         if target.ndim == 0 or target.shape[0] != size:
             raise ValueError(f"the batch has {size} inputs and labels of shape {tuple(target.shape)}")
         if size == 0:
-            raise ValueError("the batch is empty")
+            raise ValueError(f"the batch is empty: labels of shape {tuple(target.shape)}")
         self._check_labels(target)
         stream = self._stream()
         mix = self._draw(size, stream)
