@@ -573,3 +573,11 @@ def invariance_run(rank: int, count: int) -> dict[str, Any]:
         GroupInvariance(normed, head="2", ramp_steps=1).infer([(x[own], y[own], torch.arange(24)[own])], method="loss")
     result = {"penalty": penalty.detach(), "entropy": whole / count, "grads": grads / count, "groups": partition.groups}
     return result if count == 1 else {**result, "statistics": normed[1].running_mean}
+
+
+def drawn(result) -> bool:
+    """Whether a result's picture shows anything."""
+    axes = result.plot()
+    shown = axes.has_data() or bool(axes.texts)
+    axes.figure.clear()
+    return shown

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import rng
+from helpers import drawn, rng
 from torch import nn
 from torch.nn import functional as F
 
@@ -1112,7 +1112,7 @@ def test_paper_settings_and_what_it_prints():
     assert report.departure > 0.0
     assert report.to_dict()["kind"] == "PolicyAdaptReport"
     pytest.importorskip("matplotlib")
-    report.plot()
+    assert drawn(report)
 
 
 def test_what_the_task_shares_is_adapted_once():

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import rng
+from helpers import drawn, rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -447,8 +447,8 @@ def test_bad_class_ids():
 def test_results_have_pictures():
     pytest.importorskip("matplotlib")
     theta, X, y = logistic()
-    mixup_terms(theta, X, y, 1.0, loss="bce", exact=True).plot()
-    adversarial_bound(theta, X, y, 1.0).plot()
+    assert drawn(mixup_terms(theta, X, y, 1.0, loss="bce", exact=True))
+    assert drawn(adversarial_bound(theta, X, y, 1.0))
     assert json.dumps(adversarial_bound(theta, X, y, 1.0).to_dict())
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import rng
+from helpers import drawn, rng
 from torch import nn
 from torch.nn import functional as F
 
@@ -788,13 +788,13 @@ def test_probe_of_bad_input():
 def test_results_draw():
     pytest.importorskip("matplotlib")
     model = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), nn.Conv2d(2, 1, 3, 2, 1))
-    padding.audit(model, (1, 16, 16)).plot()
-    padding.foveation(model, (1, 16, 16)).plot()
-    padding.kernel_asymmetry(model).plot()
+    assert drawn(padding.audit(model, (1, 16, 16)))
+    assert drawn(padding.foveation(model, (1, 16, 16)))
+    assert drawn(padding.kernel_asymmetry(model))
     bias = padding.feature_bias(model, [torch.rand(4, 1, 16, 16)])
-    bias.plot()
-    bias.layers[0].plot()
-    padding.probe(Blind(), torch.ones(1, 4, 4), torch.zeros(1, 32, 32), padding.heat_map(0, 1.0, 2.0)).plot()
+    assert drawn(bias)
+    assert drawn(bias.layers[0])
+    assert drawn(padding.probe(Blind(), torch.ones(1, 4, 4), torch.zeros(1, 32, 32), padding.heat_map(0, 1.0, 2.0)))
 
 
 # ---- regressions of modes, maps and the probe ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import rng
+from helpers import drawn, rng
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -87,4 +87,4 @@ def test_bad_input():
 def test_picture():
     pytest.importorskip("matplotlib")
     net, (x, y) = model(), data()
-    fgsm_curve(net, (x, y), (0.0, 0.1)).plot()
+    assert drawn(fgsm_curve(net, (x, y), (0.0, 0.1)))

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import rng
+from helpers import drawn, rng
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -220,7 +220,7 @@ def test_results_print_serialise_and_draw():
     assert not any(name.startswith("_") for name in fit.to_dict())
     json.dumps(fit.needed(0.05).to_dict())
     pytest.importorskip("matplotlib")
-    fit.plot()
+    assert drawn(fit)
 
 
 # ---- curves -----------------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_a_curve_fits_and_draws():
     fit = found.fit(generator=rng(0))
     assert fit.parameters["b"].value == pytest.approx(0.3, abs=0.02)
     pytest.importorskip("matplotlib")
-    found.plot()
+    assert drawn(found)
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def test_linear_models_need_as_many_examples_as_features():
     with pytest.raises(KeyError):
         found.curve("linear", 9)
     pytest.importorskip("matplotlib")
-    found.plot()
+    assert drawn(found)
 
 
 def test_ratios_on_a_data_set_and_batched_seeds():
@@ -535,7 +535,7 @@ def test_ratios_on_a_data_set_and_batched_seeds():
         assert torch.allclose(one.accuracy, other.accuracy, atol=0.02)
     assert plain.ratios["dense / conv"]["data"] == pytest.approx(1.0 / plain.ratios["conv / dense"]["data"])
     pytest.importorskip("matplotlib")
-    plain.plot()
+    assert drawn(plain)
 
 
 def test_efficiency_of_bad_input():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import rng
+from helpers import drawn, rng
 from torch import nn
 
 from outlast.diagnose.shortcuts import average_precision, shift_report, shortcut_probe
@@ -87,8 +87,8 @@ def test_bad_input():
 
 def test_pictures():
     pytest.importorskip("matplotlib")
-    shortcut_probe(*pictures(60), steps=2).plot()
-    shift_report(Lookup(), {"in": [(torch.eye(3), torch.arange(3))]}).plot()
+    assert drawn(shortcut_probe(*pictures(60), steps=2))
+    assert drawn(shift_report(Lookup(), {"in": [(torch.eye(3), torch.arange(3))]}))
 
 
 def test_anomalies_of_a_stream_and_inference_mode():

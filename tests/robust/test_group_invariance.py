@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from helpers import in_processes, invariance_run, rng
+from helpers import drawn, in_processes, invariance_run, rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -350,7 +350,7 @@ def test_partition_is_kept_whole(tmp_path):
     with pytest.raises(DamagedFileError, match="can be read whole"):
         GroupPartition.load(tmp_path / "groups.npz")
     pytest.importorskip("matplotlib")
-    found.plot()
+    assert drawn(found)
 
 
 def test_kappa():
