@@ -519,7 +519,7 @@ _VACCINE = Part(
                 ),
             ),
             data=(("catalogues", "package"),),
-            minutes=12,
+            minutes=3,
         ),
         "paper": Scale(
             arms=tuple(arm.name for arm in _VACCINE_ARMS),

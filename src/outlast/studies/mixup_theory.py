@@ -333,7 +333,7 @@ _MOONS = Part(
                 Setting("relu", "two layers, ReLU", {"model": "relu"}),
             ),
             changes={"n": 80, "steps": 600, "nodes": 12},
-            minutes=4,
+            minutes=1,
         ),
     },
 )
@@ -385,7 +385,7 @@ _EXPANSION = Part(
                 Setting("alpha-0.1", "alpha 0.1", {"alpha": 0.1}),
                 Setting("alpha-4", "alpha 4", {"alpha": 4.0}),
             ),
-            minutes=3,
+            minutes=1,
         ),
     },
 )

@@ -416,7 +416,7 @@ _DEPLOYMENT = Part(
                 _with("distract", _EVERYWHERE),
                 _with("texture", _EVERYWHERE),
             ),
-            minutes=100,
+            minutes=170,
         ),
     },
     deviations=(
@@ -478,7 +478,7 @@ _REPAIR = Part(
                 _with("texture", ("first",)),
             ),
             changes={"share": "features"},
-            minutes=60,
+            minutes=80,
         ),
     },
     deviations=(
