@@ -459,7 +459,8 @@ _PART = Part(
                 ),
             ),
             data=(("mnist", "full"), ("fashion-mnist", "full")),
-            minutes=15,
+            minutes=18,
+            seeds=6,
         ),
         "paper": Scale(
             arms=("erm", "balanced", "pgi", "irm", "rex", "reweight", "dro", "cmmd"),
