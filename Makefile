@@ -33,7 +33,7 @@ docs: ## Build the documentation into site/
 	@tools/setup.sh docs
 	@$(BIN)/zensical build --clean --strict
 
-bench: ## Measure against the named peers and write benchmarks/results/
+bench: ## Measure against the named peers; write benchmarks/results/ and docs/benchmarks.md
 	@tools/setup.sh $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 

@@ -79,7 +79,9 @@ def test_every_public_name_is_in_the_reference():
     for info in pkgutil.walk_packages(outlast.__path__, "outlast."):
         if "._" in info.name or info.name.startswith(("outlast.cli", "outlast.report")) or info.name in listed:
             continue
-        for public in getattr(importlib.import_module(info.name), "__all__", ()):
+        if info.name in ("outlast.diagnose", "outlast.__main__") or info.name.startswith("outlast.studies."):
+            continue  # a folder of rooms; studies are found by their names
+        for public in importlib.import_module(info.name).__all__:
             path = f"{info.name}.{public}"
             missing += [] if path in listed else [path]
     assert missing == []

@@ -74,6 +74,17 @@ def test_usage_mistakes_are_one_line_and_exit_2(words, says, refused):
     assert says in told
 
 
+@pytest.mark.parametrize(("accelerator", "left"), [("cpu", ""), ("cuda", "0,1")])
+def test_graphics_cards_are_hidden_where_none_is_used(tmp_path, monkeypatch, capsys, accelerator, left):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        run_command(["run", "sam", "--accelerator", accelerator, "--scale", "paper", "--part", "none", "--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
 def test_a_usage_mistake_ends_the_process_with_2():
     done = outlast("run", "nothing")
     assert (done.returncode, done.stdout) == (2, "")

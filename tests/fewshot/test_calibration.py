@@ -476,3 +476,29 @@ def test_signed_features_and_wrong_bounds():
         LogisticClassifier().fit(rows[:4], [0, 0, 1, 1]).score(rows[:4], [0])
     big = np.array([[0.0, 1.0], [3.0, 4.0]], dtype=">f8")
     assert LogisticClassifier().fit(big, [0, 1]).predict(big).tolist() == [0, 1]
+
+
+def test_a_changed_byte_is_damage_or_harmless(tmp_path):
+    """Wherever it lies, also where the archive says its version, its password or its places."""
+    from outlast.fewshot import PseudoLabels
+
+    statistics = BaseStatistics.from_features(torch.rand(6, 3), torch.arange(3).repeat(2))
+    labels = PseudoLabels(torch.full((3, 2), 0.5), torch.arange(3))
+    for made, kind in ((statistics, BaseStatistics), (labels, PseudoLabels)):
+        path = tmp_path / "file.npz"
+        made.save(path)
+        whole = path.read_bytes()
+        refused = 0
+        for place in range(len(whole) - 300, len(whole)):  # the directory at the end, where most of it is told
+            for bit in (0, 3, 7):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+                try:
+                    kind.load(path)
+                except DamagedFileError:
+                    refused += 1
+        assert refused > 100
+
+
+def test_a_base_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="base must be BaseStatistics, got str"):
+        DistributionCalibration("base").fit(torch.rand(4, 3), torch.tensor([0, 0, 1, 1]))

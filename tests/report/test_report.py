@@ -82,6 +82,14 @@ def test_a_study_without_a_finished_cell_is_a_section_of_undecided_claims(name, 
     assert study.title in render([summary])
 
 
+def test_a_mistake_beside_missing_cells_is_named(tmp_path):
+    wrong = dataclasses.replace(toy_study.PART.claims[0], measure=lambda results, seed: results.value("plain", "scoer", seed))
+    study = dataclasses.replace(toy_study.STUDY, parts=(dataclasses.replace(toy_study.PART, claims=(wrong,)),))
+    plan = Plan("toy_study:STUDY", "quick", 3, (), {"fail": "raise"}, Launch("cpu"))
+    summary = summarise(run(study, plan, tmp_path, QuietProgress()), "outlast run toy")
+    assert summary.claims[0].reason == "toy adding more seed 0 is not finished (KeyError: 'scoer')"
+
+
 def test_a_mistake_in_a_complete_part_is_not_hidden(summaries):
     part = summaries[0].parts[0]
     broken = dataclasses.replace(part, figures=(dataclasses.replace(part.figures[0], alt=lambda results: 1 / 0),))
@@ -92,6 +100,19 @@ def test_a_mistake_in_a_complete_part_is_not_hidden(summaries):
 def test_ids_are_unique(summaries):
     ids = re.findall(r'\sid="([^"]+)"', render(summaries))
     assert len(ids) == len(set(ids))
+
+
+def test_figures_of_a_growing_list_are_drawn_once(summaries):
+    calls = []
+    part = summaries[0].parts[0]
+    figure = dataclasses.replace(part.figures[0], draw=lambda canvas, results: calls.append(1) or toy_study.draw(canvas, results))
+    counted = dataclasses.replace(summaries[0], parts=(dataclasses.replace(part, figures=(figure,)),))
+    drawn = {}
+    render([counted], drawn)
+    assert len(calls) == 1
+    page = render([counted, counted], drawn)
+    assert len(calls) == 2
+    assert page == render([counted, counted])
 
 
 def test_page_is_written_whole(summaries, tmp_path):

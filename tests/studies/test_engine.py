@@ -132,10 +132,11 @@ def test_kill_at_random_moments_loses_and_repeats_nothing(tmp_path, log):
     words = command(folder, "--seeds", "8", "--set", "wait=0.05", "--json")
     rng = random.Random(0)
     finished = set()
-    for _ in range(5):
+    for number in range(5):
         before = computed(log)
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=TESTS)
-        while computed(log) == before:  # a cell has begun
+        while number and computed(log) == before:  # a cell has begun; the first is killed while it starts
+            assert process.poll() is None
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.6))
         process.kill()

@@ -10,6 +10,7 @@ from helpers import rng
 from torch import nn
 from torch.nn import functional as F
 
+from outlast.data import load_catalogues
 from outlast.studies import get
 from outlast.studies._context import Context
 from outlast.studies._grid import Launch
@@ -101,7 +102,10 @@ def test_text_is_held_out_by_message_and_the_same_for_all_languages():
     pytest.importorskip("wagtail")
     text = _Text(Vaccine(held_out=20, vocabulary=60), context())
     assert text.languages == EIGHT
-    assert len({len(text.test[language][0]) > 0 for language in EIGHT}) == 1
+    lengths = {language: int((text.test[language][1] == 0).sum()) for language in EIGHT}  # 0 ends a message
+    assert set(lengths.values()) == {20}  # the same twenty messages, translated
+    catalogue = load_catalogues(["fr"])["fr"]  # each message is in one of the two, with its end
+    assert len(text.train["fr"][0]) + len(text.test["fr"][0]) == sum(len(message) + 1 for message in catalogue.values())
     low, high = (len(text.train[language][0]) for language in ("gl", "fr"))
     assert low < high / 5  # a hundred messages
     x, y = text.train["de"]

@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,20 @@ from typing import Any
 import numpy as np
 
 from outlast.errors import DamagedFileError
+
+# What a damaged archive makes numpy and zipfile raise: a changed byte may ask for a password, or another version.
+BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def save_arrays(path: str | Path, version: int, arrays: Mapping[str, Any]) -> None:
@@ -43,13 +58,14 @@ def load_arrays(path: str | Path, version: int, what: str) -> Generator[Any]:
     with Path(path).open("rb") as file:
         try:
             with np.load(file, allow_pickle=False) as data:
-                found = int(data["version"])
+                found = int(data["version"]) if "version" in data.files else None
                 if found == version:
                     yield data
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+        except BROKEN as error:
             raise DamagedFileError(f"{path} holds no {what} that can be read whole ({error})") from error
     if found != version:
-        raise DamagedFileError(f"{path} has version {found}, this is version {version}")
+        has = "no version" if found is None else f"version {found}"
+        raise DamagedFileError(f"{path} holds no {what} that can be read: it has {has}, this is version {version}")
 
 
 def write_whole(path: Path, data: bytes) -> None:

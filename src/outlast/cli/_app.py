@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, Parameter
 from outlast import __version__
 
 if TYPE_CHECKING:
+    from outlast.report._page import Figures
     from outlast.studies._design import ScaleName, Study
     from outlast.studies._grid import Accelerator, Plan, Precision, Strategy
     from outlast.studies._statistics import Interval
@@ -103,6 +104,7 @@ def demo(
         progress.note(f"{len(chosen)} {'study' if len(chosen) == 1 else 'studies'} at quick scale; results and report go to {out}")
     page = out / "report.html"
     summaries: list[Summary] = []
+    drawn: Figures = {}
     _hide_gpus()
     with Helpers(out, processes - 1, chosen) as helpers:
         watched = StandStill(progress, helpers, lambda cell: get(cell.origin).part(cell.part).timed)
@@ -114,7 +116,7 @@ def demo(
             except (MissingDataError, MissingExtraError) as error:
                 summaries.append(not_run(study, "quick", str(error)))
                 progress.note(f"{name} is not run: {error}")
-            write_report(summaries, page)
+            write_report(summaries, page, drawn)
     for summary in summaries:
         _print_summary(summary)
     print(f"\n{len(summaries)} studies: {tally([claim for summary in summaries for claim in summary.claims])}\nReport: {page.resolve()}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outlast._core._files import BROKEN
 from outlast.errors import DamagedFileError, MissingDataError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _array(path: Path) -> Any:
                 names = found.files
                 if len(names) == 1:
                     return found[names[0]]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise DamagedFileError(f"{path} cannot be read as an array ({error})") from error
     raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}); give a file with one")
 

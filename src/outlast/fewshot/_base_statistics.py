@@ -45,7 +45,7 @@ class BaseStatistics:
         device: where they lie.
 
     Raises:
-        ValueError, TypeError: a setting outside of its range, or another type.
+        ValueError, TypeError: ``dim`` below 1, ``tukey`` no number, or a ``dtype`` that is not floating.
 
     Attributes:
         labels: names of the classes, in order, as they were given.

@@ -139,6 +139,8 @@ class DistributionCalibration(EpisodeClassifier):
                     "base is None: give statistics of base classes, BaseStatistics.from_features(features, labels), or n_samples=0"
                 )
             return
+        if not isinstance(self.base, BaseStatistics):
+            raise TypeError(f"base must be BaseStatistics, got {type(self.base).__name__}")
         if self.base.dim != width:
             raise ValueError(f"X has width {width}, the base statistics {self.base.dim}")
         recorded = self.tukey if self.base_tukey else 1.0

@@ -11,15 +11,22 @@ from outlast._core._extras import require
 from outlast._core._files import write_whole
 from outlast.report._figures import draw
 from outlast.studies._design import Figure
-from outlast.studies._results import MissingCellError, Results
+from outlast.studies._results import Results
 from outlast.studies._statistics import Interval
 from outlast.studies._summary import JudgedClaim, Summary, tally
 
 _FOLDER = Path(__file__).parent
 
 
-def render(summaries: Sequence[Summary]) -> str:
+Figures = dict[tuple[int, str, str], dict[str, Any]]  # by number of the summary, part and figure
+
+
+def render(summaries: Sequence[Summary], drawn: Figures | None = None) -> str:
     """The whole page as text. Everything that comes from data is escaped.
+
+    Args:
+        summaries: a section each.
+        drawn: figures of earlier summaries of the same list, which are not drawn again; new ones are added.
 
     Raises:
         MissingExtraError: Jinja2 or matplotlib (extra ``report``) is missing.
@@ -31,11 +38,13 @@ def render(summaries: Sequence[Summary]) -> str:
     environment.filters["number"] = _number
     environment.filters["bounds"] = _bounds
     environment.filters["effect"] = _effect
-    figures = {
+    figures: Figures = {} if drawn is None else drawn
+    figures |= {
         (number, part.name, figure.name): _drawn(figure, part.results, f"s{number}-{part.name}-{figure.name}", environment.filters["safe"])
         for number, summary in enumerate(summaries)
         for part in summary.parts
         for figure in part.figures
+        if (number, part.name, figure.name) not in figures
     }
     return environment.get_template("page.html.jinja").render(
         summaries=summaries,
@@ -47,13 +56,18 @@ def render(summaries: Sequence[Summary]) -> str:
     )
 
 
-def write_report(summaries: Sequence[Summary], path: Path) -> None:
+def write_report(summaries: Sequence[Summary], path: Path, drawn: Figures | None = None) -> None:
     """Write the page, whole or not at all: a browser may reload it while a demo runs.
+
+    Args:
+        summaries: as ``render``.
+        path: of the page.
+        drawn: as ``render``, where a growing list is written again and again.
 
     Raises:
         OSError: the place cannot be written.
     """
-    write_whole(path, render(summaries).encode())
+    write_whole(path, render(summaries, drawn).encode())
 
 
 def _drawn(figure: Figure, results: Results, identity: str, safe: Callable[[str], Any]) -> dict[str, Any]:
@@ -63,8 +77,7 @@ def _drawn(figure: Figure, results: Results, identity: str, safe: Callable[[str]
     except Exception as error:
         if not results.missing:
             raise
-        reason = str(error) if isinstance(error, MissingCellError) else f"{results.missing[0]} is not finished"
-        return {"svg": "", "alt": f"Not drawn: {reason}."}
+        return {"svg": "", "alt": f"Not drawn: {results.why(error)}."}
 
 
 def _number(value: float, digits: int) -> str:

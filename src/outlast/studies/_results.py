@@ -42,15 +42,12 @@ class Results:
         return [float(self._records[row, seed]["metrics"][metric]) for seed in self.seeds if (row, seed) in self._records]
 
     def mean(self, arm: str, metric: str, setting: str | None = None) -> float:
-        """A metric's mean over the seeds whose cells are finished.
+        """A metric's mean over all seeds: arms with other seeds finished are not compared.
 
         Raises:
-            MissingCellError: none is.
+            MissingCellError: a seed's cell is missing.
         """
-        values = self.values(arm, metric, setting)
-        if not values:
-            raise MissingCellError(f"{row_name(self.settings[0] if setting is None else setting, arm)} is not finished")
-        return sum(values) / len(values)
+        return sum(self.value(arm, metric, seed, setting) for seed in self.seeds) / len(self.seeds)
 
     def series(self, arm: str, name: str, seed: int, setting: str | None = None) -> list[float]:
         """One cell's curve."""
@@ -69,6 +66,12 @@ class Results:
         """
         if self.missing:
             raise MissingCellError(f"{self.missing[0]} is not finished")
+
+    def why(self, error: Exception) -> str:
+        """What to say where a measure or a figure failed while cells are missing, which may make it fail in any way."""
+        if isinstance(error, MissingCellError):
+            return str(error)
+        return f"{self.missing[0]} is not finished ({type(error).__name__}: {error})"
 
     def _record(self, arm: str, seed: int, setting: str | None) -> Mapping[str, Any]:
         row = row_name(self.settings[0] if setting is None else setting, arm)

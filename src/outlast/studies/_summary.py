@@ -9,7 +9,7 @@ from typing import Any
 
 from outlast.studies._design import MIN_SEEDS, Claim, Figure, Metric, Part, Study
 from outlast.studies._grid import row_name
-from outlast.studies._results import MissingCellError, Results
+from outlast.studies._results import Results
 from outlast.studies._run import Run
 from outlast.studies._statistics import Interval, Verdict, interval, verdict
 
@@ -193,8 +193,6 @@ def _judge(claim: Claim, results: Results) -> JudgedClaim:
     except Exception as error:
         if not results.missing:
             raise
-        # A measure over what is there may fail in any way where some of it is not.
-        reason = str(error) if isinstance(error, MissingCellError) else f"{results.missing[0]} is not finished"
-        return JudgedClaim(claim, "undecided", None, reason)
+        return JudgedClaim(claim, "undecided", None, results.why(error))
     reason = "" if len(results.seeds) >= MIN_SEEDS else f"needs at least {MIN_SEEDS} seeds"
     return JudgedClaim(claim, verdict(measured, claim.threshold, claim.direction, min_seeds=MIN_SEEDS), measured, reason)

@@ -321,7 +321,7 @@ _BLIND_SPOTS = Part(
                 "backgrounds": 4,
             },
             data=(("fashion-mnist", "small"),),
-            dropped="colour photographs, half of the channels, 8 of 12 test backgrounds, the arms with one cure only",
+            dropped="colour photographs, a third to two thirds of the channels, 8 of 12 test backgrounds, the arms with one cure only",
             minutes=2,
         ),
         "standard": Scale(
