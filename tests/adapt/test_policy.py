@@ -685,7 +685,8 @@ def test_a_worker_computes_the_same_step():
     assert working.report.updates == 8
 
 
-def test_acting_goes_on_while_a_worker_computes():
+def waiting_task():
+    """A task whose loss says that it has started, and waits until it may go on."""
     started, go_on = threading.Event(), threading.Event()
 
     class Slow(InverseDynamics):
@@ -694,6 +695,11 @@ def test_acting_goes_on_while_a_worker_computes():
             assert go_on.wait(20.0)
             return super().loss(*args)
 
+    return Slow, started, go_on
+
+
+def test_acting_goes_on_while_a_worker_computes():
+    Slow, started, go_on = waiting_task()
     encoder, policy, _ = parts()
     made = PolicyAdapter(encoder, policy, Slow(8, A, hidden=16), augment=RandomCrop(CROP), batch=4, lr=1e-2)
     (obs, action, following), second = stream(2)
@@ -709,14 +715,7 @@ def test_acting_goes_on_while_a_worker_computes():
 
 
 def test_without_crops_one_row_is_used_and_the_callers_array_may_change():
-    started, go_on = threading.Event(), threading.Event()
-
-    class Slow(InverseDynamics):
-        def loss(self, *args):
-            started.set()
-            assert go_on.wait(20.0)
-            return super().loss(*args)
-
+    Slow, started, go_on = waiting_task()
     encoder, policy, task = parts()
     x, action, y = stream(1)[0]
     images = [image[None, :, 1:9, 1:9].float() / 255.0 for image in (x, y)]
