@@ -217,18 +217,19 @@ def test_crops_of_a_frame_share_their_convolutions(buffer):
     encoder, policy, task = Deep(), nn.Linear(8, A), InverseDynamics(8, A, hidden=16)
     settings = {"augment": RandomCrop(13), "batch": 24, "lr": 1e-2, "buffer": buffer, "newest": 20 if buffer else None}
     shared, apart = (PolicyAdapter(encoder, policy, task, **settings, generator=rng(2)) for _ in range(2))
-    apart._sharing = False
+    apart._batches._sharing = False
     obs = torch.randint(256, (7, C, 20, 20), generator=rng(0), dtype=torch.uint8)
     done = torch.rand(6, A, generator=rng(1))
     for t in range(6):
         assert shared.observe(obs[t], done[t], obs[t + 1]) == pytest.approx(apart.observe(obs[t], done[t], obs[t + 1]), abs=1e-6)
-    assert shared._sharing._stride == (2, 2)
-    assert len(shared._sharing._convolutions) == 5
+    sharing = shared._batches._sharing
+    assert sharing._stride == (2, 2)
+    assert len(sharing._convolutions) == 5
     for a, b in zip(shared.adapted.values(), apart.adapted.values(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-    groups = shared._sharing.groups(torch.zeros(24, dtype=torch.long), *RandomCrop(13).places(obs[:1].expand(24, -1, -1, -1), rng(0)))
+    groups = sharing.groups(torch.zeros(24, dtype=torch.long), *RandomCrop(13).places(obs[:1].expand(24, -1, -1, -1), rng(0)))
     assert len(groups) == 4
-    assert shared._sharing.worth(groups)
+    assert sharing.worth(groups)
     again = copy.deepcopy(shared)
     assert again.observe(obs[0], done[0], obs[1]) == shared.observe(obs[0], done[0], obs[1])
 
@@ -918,7 +919,7 @@ def test_episodes_begin_alike():
     for _ in range(2):
         made.begin_episode()
         assert math.isnan(made.report.gate_loss)
-        made._generator.manual_seed(3)
+        made._batches.generator.manual_seed(3)
         runs.append((run(made, stream(3)), made.report.resets))
     assert runs[0][0] == runs[1][0]
     assert [resets for _, resets in runs] == [1, 2]
@@ -1276,7 +1277,7 @@ def test_vector_environments_never_pair_two_episodes(mode, buffer, per_env):
         env.step(np.full((2, A), 7.0, np.float32))
     assert made.report.updates > 5
     if per_env:
-        kept = [entry for each in made._copies.all for entry in each._recent]
+        kept = [entry for each in made._copies.all for entry in each._batches.recent]
         pairs = {(int(before[0, 0, 0]), int(after[0, 0, 0])) for before, _, after in kept}
         assert bool(pairs) == bool(buffer)
         assert all(after == before + 1 and before % 20 for before, after in pairs)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from outlast._core._once import Once
 from outlast.data import Indexed
 from outlast.errors import DamagedFileError, OutlastWarning
 from outlast.robust import (
@@ -75,12 +76,14 @@ def test_worked_example():
     assert each.tolist() == pytest.approx([0.2231435513, 0.0])
 
 
-@pytest.mark.parametrize("K", [2, 9, 100])
+@pytest.mark.parametrize("K", [2, 9, 100, 300])  # beyond 128 classes the table is of those in the batch
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js"])
 @pytest.mark.parametrize("num_groups", [2, 4])
 def test_equals_the_double_loop_and_its_gradient(K, divergence, num_groups):
     for seed in range(4):
         logits, labels, groups = batch(60, K, seed=seed, groups=num_groups)
+        if K == 300:
+            labels = labels % 5 * 70  # few classes, several examples each
         groups[torch.rand(60, generator=rng(seed)) < 0.2] = -1
         logits.requires_grad_()
         options = {"divergence": divergence, "num_groups": num_groups}
@@ -139,6 +142,15 @@ def test_groups_that_are_too_small_are_absent():
     least = int(counts.min()) + 1
     found = invariance_penalty(logits, labels, groups, reduction="none", min_per_group=least)
     assert ((found > 0) == (counts >= least).all(1)).all()
+
+
+@pytest.mark.filterwarnings("ignore:no class of the batch")
+def test_many_classes_none_of_which_has_both_groups():
+    logits, _, groups = batch(20, 300)
+    logits.requires_grad_()
+    found = invariance_penalty(logits, torch.arange(20), groups, reduction="none")
+    assert torch.equal(found.detach(), torch.zeros(300, dtype=torch.float64))
+    assert torch.equal(torch.autograd.grad(found.sum(), logits)[0], torch.zeros(20, 300, dtype=torch.float64))
 
 
 def test_compiled_penalty_has_one_graph():
@@ -579,7 +591,7 @@ def test_bad_options():
 
 
 def test_no_class_with_both_groups_is_said_once(monkeypatch):
-    monkeypatch.setattr(module, "_warned", set())
+    monkeypatch.setattr(module, "_once", Once(2))
     logits, labels, groups = batch()
     logits.requires_grad_()
     with pytest.warns(OutlastWarning, match="both groups"):

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 from outlast._core._foreach import is_sharded
 
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "_FabricModule": "module",
+}
+
 
 def world_size() -> int:
     """Number of processes."""
@@ -83,16 +91,10 @@ def gathered(part: Tensor, like: Tensor, shape: torch.Size | None = None) -> Ten
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module below ``torch.compile``, DistributedDataParallel and Fabric."""
-    seen: set[int] = set()
-    while id(model) not in seen:
-        seen.add(id(model))
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel", "_FabricModule"):
-            inner = getattr(model, "module", None)
-        if isinstance(inner, nn.Module):
-            model = inner
-    return model
+    """The user's own module below ``torch.compile``, data parallelism and Fabric."""
+    name = _WRAPPERS.get(type(model).__name__)  # a user's own module with a child of that name does more than call it
+    inner = getattr(model, name, None) if name else None
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _initialised() -> bool:

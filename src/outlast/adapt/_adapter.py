@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -24,6 +23,7 @@ from outlast._core import _checks, _distributed, _foreach
 from outlast._core._batches import arguments_of, rows_of
 from outlast._core._distributed import world_size
 from outlast._core._norm import is_batch_norm, is_norm_layer, recalibrate_batchnorm
+from outlast._core._once import Once
 from outlast.adapt._entropy import entropy
 from outlast.adapt._guards import (
     CollapseAlarm,
@@ -40,7 +40,7 @@ from outlast.adapt._parameters import NormAffineExcept
 from outlast.adapt._report import ClassifierReport, Counters, smoothed
 from outlast.adapt._sources import Reload, check_factory, move_state
 from outlast.adapt._statistics import MODES, Mode, Statistics
-from outlast.errors import DivergedError, OutlastWarning, StateError, UnsupportedError
+from outlast.errors import DivergedError, StateError, UnsupportedError
 
 _VERSION = 1
 
@@ -163,7 +163,7 @@ class TestTimeAdapter(nn.Module):
         self._at_source = False
         self._checked = False
         self._classes = 0
-        self._warned: set[str] = set()
+        self._once = Once(2)
         with torch.inference_mode(False):
             self._take_model(model if inplace else copy.deepcopy(model), mode, prior, momentum)
         self._warn_at_start()
@@ -492,7 +492,7 @@ class TestTimeAdapter(nn.Module):
             return
         sums = logits.detach().float().sum(1)
         if bool((logits.detach() >= 0).all()) and bool(((sums - 1).abs() < 1e-4).all()):
-            self._warn_once(
+            self._once.warn(
                 "the model's output looks like probabilities (no negative value, rows sum to 1); the adapter needs logits: "
                 "take the softmax off, or give output_to_logits=torch.log"
             )
@@ -601,7 +601,7 @@ class TestTimeAdapter(nn.Module):
             message = "ten batches in a row gave a loss or gradient that is not finite; nothing is adapted"
             if any(isinstance(guard, CollapseAlarm) and guard.action == "raise" for guard in self._guards):
                 raise DivergedError(message)
-            self._warn_once(message)
+            self._once.warn(message)
 
     @torch.no_grad()
     def _follow(self, output: Any) -> None:
@@ -762,25 +762,20 @@ class TestTimeAdapter(nn.Module):
 
     def _warn_at_start(self) -> None:
         if self._steps and not any(map(is_batch_norm, self.model.modules())):
-            self._warn_once(
+            self._once.warn(
                 "the model has no BatchNorm: there are no statistics to re-estimate and the batch size no longer matters, but "
                 "streams of few classes make it collapse all the more; take Tent.recommended or leave the last blocks out with "
                 "params=norm_affine_except(last=3)"
             )
         if self._statistics.mode == "source" and not self._steps:
-            self._warn_once("stats='source' with no steps adapts nothing")
+            self._once.warn("stats='source' with no steps adapts nothing")
 
     def _warn_single_row(self) -> None:
         if any(map(is_batch_norm, self.model.modules())):
-            self._warn_once(
+            self._once.warn(
                 "a batch of one row under stats='batch' normalises each image by itself, which destroys most predictions; use "
                 "guards=[RingBuffer()] or stats='blend'"
             )
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, OutlastWarning, stacklevel=3)
 
 
 # ---- checks and small helpers ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,26 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from outlast.adapt._auxiliary import AuxTask
+from outlast.adapt._transitions import Arrived, Rows
 from outlast.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from outlast.adapt._policy import PolicyAdapter
 
-Rows = tuple[Tensor, Tensor, Tensor]
-"""Observations, actions, next observations."""
 Found = tuple[float, Sequence[Tensor | None], float, int]
 """A loss, its gradients, the seconds that they took, and the transitions that they are of."""
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """One transition of each of ``n`` environments."""
-
-    before: Tensor
-    action: Tensor
-    after: Tensor
-    ends: Tensor  # whether the episode ended there
-    counted: Tensor  # whether the pair is one
 
 
 class TaskLoss(nn.Module):
@@ -131,7 +118,7 @@ class Copies:
     def observe(self, arrived: Arrived) -> float | None:
         """One update of each copy that learns from its transition; the mean of their last losses."""
         for place, each in enumerate(self.all):  # before anything is counted
-            each._check_boundary(arrived.counted[place : place + 1])
+            each._episodes.check(arrived.counted[place : place + 1])
         admitted: dict[int, Rows] = {}
         for place, each in enumerate(self.all):
             own = slice(place, place + 1)

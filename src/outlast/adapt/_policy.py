@@ -24,12 +24,12 @@ from outlast._core import _checks, _foreach
 from outlast._core._batches import device_of
 from outlast._core._norm import is_norm_layer
 from outlast._core._random import derived_seed, generator
-from outlast.adapt._auxiliary import AuxTask, InverseDynamics, RandomCrop, as_floats, prepared
-from outlast.adapt._copies import Arrived, Copies, Found, Rows, TaskLoss, background, loss_and_grads
-from outlast.adapt._crop_sharing import CropSharing
+from outlast.adapt._auxiliary import AuxTask, RandomCrop, as_floats
+from outlast.adapt._copies import Copies, Found, TaskLoss, background, loss_and_grads
 from outlast.adapt._guards import Guard, check_guards, load_guards
 from outlast.adapt._report import Counters, PolicyAdaptReport, smoothed, together
 from outlast.adapt._sources import Reload, check_factory, move_state
+from outlast.adapt._transitions import Arrived, Batches, Episodes, Rows
 from outlast.errors import OutlastWarning, StateError, UnsupportedError
 
 _VERSION = 1
@@ -37,7 +37,6 @@ _GATE_SMOOTHING = 0.8
 _CONSTANT = 1e-6  # variance of actions below which they tell nothing
 _LOOK_BACK = 10  # actions that are looked at for it
 _RETRY = 20  # steps until an update that was too slow is tried again
-_USUAL = InverseDynamics.predict, InverseDynamics.loss, InverseDynamics.draw
 _PROBES = 8  # random images, and other weights, that tell whether the policy reads the encoder
 _BYTES = 16.0  # floats beyond this are bytes that nobody divided by 255: normalised images stay far below
 
@@ -152,14 +151,17 @@ class PolicyAdapter(nn.Module):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         check_factory(optimizer)
         self._lr = _checks.real("lr", lr, low=0.0)
-        self._batch = _checks.integer("batch", batch, low=1)
+        batch = _checks.integer("batch", batch, low=1)
         self._steps = _checks.integer("steps", steps, low=1)
-        self._buffer_size = _checks.integer("buffer", buffer, low=0)
+        buffer = _checks.integer("buffer", buffer, low=0)
         if newest is not None and not buffer:
             raise ValueError("newest counts copies beside those from a buffer: give buffer, too")
-        self._newest = max(1, self._batch // 4) if newest is None else _checks.integer("newest", newest, low=1)
-        if self._newest > self._batch:
-            raise ValueError(f"newest must be at most batch={self._batch}, got {self._newest}")
+        newest = max(1, batch // 4) if newest is None else _checks.integer("newest", newest, low=1)
+        if newest > batch:
+            raise ValueError(f"newest must be at most batch={batch}, got {newest}")
+        own = torch.Generator().manual_seed(0) if generator is None else generator
+        self._batches = Batches(batch, buffer=buffer, newest=newest, augment=augment, generator=own)
+        self._episodes = Episodes()
         self._warmup = 0 if warmup is None else _checks.integer("warmup", warmup, low=0)
         self._warmup_given = warmup is not None
         self._max_ms = None if max_ms is None else _checks.real("max_ms", max_ms, low=0.0, low_open=True)
@@ -173,7 +175,6 @@ class PolicyAdapter(nn.Module):
         self._auto = gate == "auto"
         self._threshold: float | None = None if gate is None or gate == "auto" else float(gate)
         self._act_fn = act_fn
-        self._generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.encoder, self.policy, self.aux = copy.deepcopy((encoder, policy, aux))
         self.eval()
         for parameter in self.parameters():
@@ -185,17 +186,12 @@ class PolicyAdapter(nn.Module):
         self._counters = _Counters()
         self._form: tuple[tuple[int, ...], torch.dtype] | None = None
         self._last_obs: Tensor | None = None
-        self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
         self._actions: list[Tensor] = []
-        self._turn = 0  # where the next batch begins among more environments than it has copies
         self._waited = 0  # skipped updates since the last try, with a budget of time
-        self._step_numbers: Tensor | None = None  # of each environment in its episode
-        self._ended: Tensor | None = None
         self._degenerate = False
         self._source = [parameter.detach().clone() for parameter in self.adapted.values()]
         self._pending: Future[Found] | None = None  # the gradient that a worker is computing
         self._worker: TaskLoss | None = None
-        self._sharing: CropSharing | Literal[False] | None = None  # how crops share convolutions, once it is known
         self._memory: list[tuple[Tensor, Tensor]] = []  # middle crops and their features at the present weights
         self._settings, self._per_env = settings, bool(per_env)
         self._copies: Copies | None = None
@@ -360,22 +356,16 @@ class PolicyAdapter(nn.Module):
         if self._copies is not None:
             self._copies.begin(mask)
             return
-        chosen = None if mask is None else torch.as_tensor(mask, dtype=torch.bool).flatten()
-        known = None if self._ended is None else len(self._ended)
-        if chosen is not None and (not len(chosen) or known not in (None, len(chosen))):
-            raise ValueError(f"mask must have one entry for each of {known or 'the'} environments, got {len(chosen)}")
-        if chosen is None or bool(chosen.all()):
-            self._step_numbers = self._ended = None
-            self._actions = []
-            if self._episodic:
-                self._to_source()
-                self._recent = []
-                self._counters.frozen = self._degenerate = False
-                self._counters.gate_loss = math.nan
-                for guard in self._guards:
-                    guard.restored()
-        elif self._step_numbers is not None and self._ended is not None:
-            self._step_numbers[chosen], self._ended[chosen] = 0, False
+        if not self._episodes.begin(mask):
+            return
+        self._actions = []
+        if self._episodic:
+            self._to_source()
+            self._batches.forget()
+            self._counters.frozen = self._degenerate = False
+            self._counters.gate_loss = math.nan
+            for guard in self._guards:
+                guard.restored()
 
     def default_warmup(self, steps: int) -> None:
         """Skip so many first steps of each episode, unless ``warmup`` was given."""
@@ -389,10 +379,10 @@ class PolicyAdapter(nn.Module):
         self._settle()
         self._copies = None
         self._to_source()
-        self._recent, self._actions = [], []
-        self._step_numbers = self._ended = self._last_obs = None
-        self._degenerate = False
-        self._turn = self._waited = 0
+        self._batches.reset()
+        self._episodes.clear()
+        self._actions, self._last_obs = [], None
+        self._degenerate, self._waited = False, 0
         for guard in self._guards:
             guard.reset()
         self._counters = _Counters()
@@ -585,7 +575,7 @@ class PolicyAdapter(nn.Module):
     def _admitted(self, arrived: Arrived) -> Rows | None:
         """The transitions that are learnt from, or None, after everything that must be remembered and counted of them."""
         before, done, after = arrived.before, arrived.action, arrived.after
-        steps = self._advance(len(before), arrived.ends, arrived.counted)
+        steps = self._episodes.advance(arrived)
         counters = self._counters
         counters.seen += len(before)
         finite = _finite(before) & _finite(after)
@@ -597,7 +587,8 @@ class PolicyAdapter(nn.Module):
             return None
         chosen = ready.to(before.device)
         rows = before[chosen], done[chosen], after[chosen]
-        self._remember(done, rows)
+        self._actions = [*self._actions, done.float().cpu()][-_LOOK_BACK:]  # of all environments
+        self._batches.remember(rows)
         if self._constant_actions():
             counters.skipped += 1
             if not self._degenerate:
@@ -613,7 +604,7 @@ class PolicyAdapter(nn.Module):
     def _copies_of(self, n: int) -> Copies:
         """The environments' copies, made when their number is known."""
         if self._copies is None:
-            seed = self._generator.initial_seed()
+            seed = self._batches.generator.initial_seed()
 
             def made(place: int) -> PolicyAdapter:
                 own = generator(derived_seed(seed, f"environment {place}"), "adaptation")
@@ -728,30 +719,6 @@ class PolicyAdapter(nn.Module):
             raise ValueError(f"terminated and truncated are one flag for each of {n} environments, got {len(found)}")
         return found.expand(n)
 
-    def _advance(self, n: int, ends: Tensor, counted: Tensor) -> Tensor:
-        """The step numbers of this transition; the counters go on."""
-        if self._step_numbers is None or self._ended is None:
-            self._step_numbers, self._ended = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
-        if len(self._ended) != n:
-            raise ValueError(f"the episodes of {len(self._ended)} environments go on, got {n}: call begin_episode() first")
-        self._check_boundary(counted)
-        steps = self._step_numbers.clone()
-        self._step_numbers += counted
-        self._ended |= ends
-        return steps
-
-    def _check_boundary(self, counted: Tensor) -> None:
-        if self._ended is not None and bool((self._ended & counted).any()):
-            raise StateError("this pair crosses an episode boundary: the episode has ended, call begin_episode() before the next one")
-
-    def _remember(self, actions: Tensor, rows: Rows) -> None:
-        """All environments' actions, and the rows that are learnt from."""
-        self._actions = [*self._actions, actions.float().cpu()][-_LOOK_BACK:]
-        if self._buffer_size:
-            obs, action, next_obs = rows
-            recent = [(obs[row].clone(), action[row].clone(), next_obs[row].clone()) for row in range(len(obs))]
-            self._recent = [*self._recent, *recent][-self._buffer_size :]
-
     def _constant_actions(self) -> bool:
         """Whether no environment's last actions vary, so that the head would learn a constant."""
         if not self.aux.uses_action or len(self._actions) < _LOOK_BACK:
@@ -789,58 +756,9 @@ class PolicyAdapter(nn.Module):
         self._waited = 0  # one is tried again: the machine may be free now
         return False
 
-    def _batch_of(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Rows, Tensor]:
-        """Copies of the newest transitions, and older ones from the buffer; and numbers that tell copies of one from another."""
-        n = len(obs)
-        copies = self._newest if self._buffer_size else self._rows_of(n)
-        index = (torch.arange(copies, device=obs.device) + self._turn) % n
-        self._turn = (self._turn + copies) % n if n > copies else 0  # more environments than copies take turns
-        sources = index.cpu()
-        newest = (obs, action, next_obs)
-        # One frame's copies are views: only their crops are copied.
-        first = tuple(side.expand(copies, *side.shape[1:]) if n == 1 else side[index] for side in newest)
-        parts = [cast("Rows", first)]
-        rest = self._batch - copies if self._buffer_size else 0
-        if rest:
-            drawn = torch.randint(len(self._recent), (rest,), generator=self._generator).tolist()
-            old = [self._recent[place] for place in drawn]
-            parts.append(cast("Any", tuple(torch.stack([entry[side] for entry in old]) for side in range(3))))
-            sources = torch.cat([sources, n + torch.tensor(drawn)])
-            return cast("Any", tuple(torch.cat([part[side] for part in parts]) for side in range(3))), sources
-        return parts[0], sources
-
-    def _rows_of(self, n: int) -> int:
-        """Transitions in a batch for ``n`` environments: without crops and draws, equal copies have the gradient of one."""
-        equal = self._augment is None and not self._buffer_size and type(self.aux).draw is AuxTask.draw
-        return min(self._batch, n) if equal else self._batch
-
     def _drawn(self, rows: Rows) -> Rows:
-        """A batch of transitions with their crops and whatever else the task draws."""
-        (before, done, after), _ = self._batch_of(*rows)
-        before, after = (x.to(self._width()) for x in prepared(self.aux, before, after, self._augment, self._generator))
-        return self.aux.draw(before, done, after, self._generator)
-
-    def _loss_of(self, rows: Rows) -> Tensor:
-        """The loss of a batch drawn for these transitions; crops of one frame share their convolutions where that is worth it."""
-        crop, aux = cast("RandomCrop", self._augment), self.aux
-        usual = isinstance(aux, InverseDynamics) and (type(aux).predict, type(aux).loss, type(aux).draw) == _USUAL
-        if not usual or type(crop) is not RandomCrop or aux.same_crop:
-            return aux.compare(self.encoder, *self._drawn(rows))
-        if self._sharing is None:
-            self._sharing = CropSharing.of(self.encoder, crop) or False
-        if self._sharing is False or not self._sharing.possible(self._batch):
-            return aux.compare(self.encoder, *self._drawn(rows))
-        (before, done, after), sources = self._batch_of(*rows)
-        places = [crop.places(images, self._generator) for images in (before, after)]
-        tops, lefts = (torch.cat([place[side] for place in places]) for side in range(2))
-        groups = self._sharing.groups(torch.cat([sources, sources + int(sources.max()) + 1]), tops, lefts)
-        if not self._sharing.worth(groups):
-            images = (as_floats(crop.at(x, *place)).to(self._width()) for x, place in zip((before, after), places, strict=True))
-            first, second = images
-            return aux.compare(self.encoder, first, done, second)
-        features = self._sharing(torch.cat([before, after]), tops, lefts, groups, self._width())
-        empty = features.new_empty(len(done), 0)  # the task asks for the features of both, once, and looks at nothing else
-        return aux.compare(lambda _: features, empty, done, empty)
+        """A batch for the newest transitions, as the task's loss takes it."""
+        return self._batches.drawn(self.aux, rows, self._width())
 
     def _penalty(self) -> Tensor | None:
         """What guards add to the loss."""
@@ -854,13 +772,13 @@ class PolicyAdapter(nn.Module):
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
-                loss = self._loss_of(rows)
+                loss = self._batches.loss(self.encoder, self.aux, rows, self._width())
                 penalty = self._penalty()
                 grads = torch.autograd.grad(loss if penalty is None else loss + penalty, parameters, allow_unused=True)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-        return self._stepped(float(loss.detach()), grads, time.perf_counter() - start, self._rows_of(len(rows[0])))
+        return self._stepped(float(loss.detach()), grads, time.perf_counter() - start, self._batches.rows_of(self.aux, len(rows[0])))
 
     def _with_penalty(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Gradients of a loss that was differentiated elsewhere, with those of what guards add."""
@@ -957,15 +875,13 @@ class PolicyAdapter(nn.Module):
             "threshold": self._threshold,
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
             "guards": [(type(guard).__name__, guard.state_dict()) for guard in self._guards],
-            "generator": self._generator.get_state(),
+            **self._batches.get_state(),
             "counters": self._counters.to_state(),
-            "recent": [list(entry) for entry in self._recent],
             "actions": list(self._actions),
-            "steps": self._step_numbers,
-            "ended": self._ended,
+            "steps": self._episodes.steps,
+            "ended": self._episodes.ended,
             "last": self._last_obs,
             "degenerate": self._degenerate,
-            "turn": self._turn,
             "waited": self._waited,
             "copies": [] if self._copies is None else [each.state_dict() for each in self._copies.all],
         }
@@ -995,13 +911,13 @@ class PolicyAdapter(nn.Module):
             self._threshold = state["threshold"]
         if state["optimizer"] is not None:
             self._ready_optimizer(parameters).load_state_dict(state["optimizer"])
-        self._generator.set_state(state["generator"])
+        self._batches.set_state(state, device)
         self._counters = _Counters.from_state(state["counters"])
-        self._recent = [cast("Any", tuple(part.to(device, copy=True) for part in entry)) for entry in state["recent"]]
         self._actions = [each.clone() for each in state["actions"]]
-        self._step_numbers, self._ended = (None if each is None else each.clone() for each in (state["steps"], state["ended"]))
+        episodes = self._episodes
+        episodes.steps, episodes.ended = (None if each is None else each.clone() for each in (state["steps"], state["ended"]))
         self._last_obs = None if state["last"] is None else state["last"].to(device, copy=True)
-        self._degenerate, self._turn, self._waited = bool(state["degenerate"]), int(state["turn"]), int(state["waited"])
+        self._degenerate, self._waited = bool(state["degenerate"]), int(state["waited"])
         if state["copies"]:
             for each, own in zip(self._copies_of(len(state["copies"])).all, state["copies"], strict=True):
                 each.load_state_dict(own)
@@ -1011,7 +927,7 @@ class PolicyAdapter(nn.Module):
         super()._apply(fn, recurse)
         with torch.no_grad():
             self._source = [fn(value) for value in self._source]
-            self._recent = [cast("Any", tuple(fn(part) for part in entry)) for entry in self._recent]
+            self._batches.apply(fn)
             self._last_obs = None if self._last_obs is None else fn(self._last_obs)
             self._memory, self._worker, self._adapted = [], None, None
             for guard in self._guards:
@@ -1024,7 +940,7 @@ class PolicyAdapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**self.__dict__, "_worker": None, "_sharing": None}
+        return {**self.__dict__, "_worker": None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As every module does.
@@ -1047,11 +963,11 @@ class PolicyAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         """What is adapted and how."""
-        own = sum(parameter.numel() for parameter in self.adapted.values())
+        own, batches = sum(parameter.numel() for parameter in self.adapted.values()), self._batches
         kind = f"Adam(lr={self._lr:g})" if self._factory is None else "own optimizer"
-        parts = [f"adapts {own:,} weights in {len(self._names)} tensors", kind, f"batch={self._batch}"]
-        if self._buffer_size:
-            parts.append(f"buffer={self._buffer_size}, newest={self._newest}")
+        parts = [f"adapts {own:,} weights in {len(self._names)} tensors", kind, f"batch={batches.size}"]
+        if batches.buffer:
+            parts.append(f"buffer={batches.buffer}, newest={batches.newest}")
         if self._auto or self._threshold is not None:
             parts.append(f"gate={'auto' if self._threshold is None else f'{self._threshold:.3g}'}")
         parts += ["episodic"] * self._episodic

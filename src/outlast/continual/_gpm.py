@@ -28,6 +28,7 @@ from outlast._core._calls import eager
 from outlast._core._distributed import gathered, part_of, unwrapped
 from outlast._core._foreach import is_sharded, local, whole
 from outlast._core._norm import eval_mode
+from outlast._core._once import Once
 from outlast._core._precision import full_precision
 from outlast.continual._basis import Rows
 from outlast.continual._collector import collecting
@@ -151,7 +152,7 @@ class GradientProjectionMemory:
         self._attached: OrderedDict[int, _Attachment] = OrderedDict()  # torch's handles take nothing else
         self._seen = _Seen()
         self._last_thresholds: dict[str, float] = {}
-        self._warned: set[str] = set()
+        self._once = Once(3)
         self._steps = 0
         self._behind = False  # steps were made since the anchors were restored last
         if self._norm == "paper":
@@ -453,7 +454,7 @@ class GradientProjectionMemory:
             if rows == 0 and self._layers.weight_name(site) not in self._layers.odd:
                 idle.append(name)
             elif rows and report.energy_after < threshold - 1e-6 and report.rank >= limit < site.dim:
-                self._warn_once(
+                self._once.warn(
                     f"{name}: max_rank={self._max_rank} ends at {100 * report.energy_after:.1f} % of the energy, asked {threshold}",
                     key=f"max_rank {name}",
                 )
@@ -471,7 +472,7 @@ class GradientProjectionMemory:
                 site.store(choice, None if self._alpha is None else _importance(self._alpha, site, choice))
             site.drop_anchor(keep_reference=self._keep_reference)
             if site.rank >= site.dim and self._alpha is None:
-                self._warn_once(
+                self._once.warn(
                     f"{site.name}: its memory is full ({site.dim} of {site.dim} directions), so the layer is frozen from now on"
                 )
         return [report for _, _, report in chosen]
@@ -483,14 +484,14 @@ class GradientProjectionMemory:
         if self._other == "freeze":
             bare, odd = self._layers.bare(), self._layers.odd
             for name, calls in odd.items():
-                self._warn_once(
+                self._once.warn(
                     f"{name} is also used by {', '.join(sorted(calls))}, which is no linear map known here, so it is held as it is",
                     key=f"odd {name}",
                 )
             wide = [name for name in bare if self._layers.parameters[name].ndim >= 2 and self._layers.parameters[name].requires_grad]
             recurrent = [name for name in wide if re.search(r"weight_(ih|hh|hr)_l\d", name)]
             if recurrent:
-                self._warn_once(f"recurrent weights have no projection here and are held as they are: {', '.join(recurrent)}")
+                self._once.warn(f"recurrent weights have no projection here and are held as they are: {', '.join(recurrent)}")
             self._layers.frozen |= {*bare, *odd, *self._layers.biases_of(odd)}
         if self._norm == "freeze":
             self._freeze_norms()
@@ -768,16 +769,11 @@ class GradientProjectionMemory:
         self._adapters = {}
         for layer, name in adapters.items():
             if name is None:
-                self._warn_once(f"the adapter of {layer!r} is outside the model and is not constrained now: call constrain_adapter() again")
+                self._once.warn(f"the adapter of {layer!r} is outside the model and is not constrained now: call constrain_adapter() again")
                 continue
             site = self._sites[layer]
             assert isinstance(site, LinearSite)
             self._adapters[layer] = Adapter(site, self._layers.parameters[name])
-
-    def _warn_once(self, message: str, *, key: str | None = None) -> None:
-        if (key or message) not in self._warned:
-            self._warned.add(key or message)
-            warnings.warn(message, OutlastWarning, stacklevel=4)
 
 
 class _Taker:

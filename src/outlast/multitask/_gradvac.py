@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from outlast._core import _checks, _distributed
 from outlast._core._calls import eager
 from outlast._core._foreach import is_sharded, local
+from outlast._core._once import Once
 from outlast.errors import OutlastWarning, StateError
 from outlast.multitask import _vectors
 from outlast.multitask._coefficients import check_max_target, draw_order, gradvac_coefficients
@@ -185,7 +186,7 @@ class GradVac:
         self._known("weights", self._weights)
         self._fixed, self._fixed_pairs = self._fixed_targets(target)
         self._labels_rows = False  # whether rows() was ever used
-        self._warned: set[str] = set()
+        self._once = Once(4)
         self.last: GradVacReport | None = None  # report of the last combination, also of combine() and rows()
         for module in [] if model is None else model.modules():
             if type(module).__name__ == "DistributedDataParallel":
@@ -359,7 +360,7 @@ class GradVac:
         with eager(), Labelling(session):
             yield
         if session.failed is not None:
-            self._warn_once(f"rows() cannot keep the tasks apart: {session.failed}. Give backward() a loss for each task")
+            self._once.warn(f"rows() cannot keep the tasks apart: {session.failed}. Give backward() a loss for each task")
 
     def state_dict(self) -> dict[str, Any]:
         """Targets by task name and group, and the generator: tensors and plain values only."""
@@ -471,11 +472,6 @@ class GradVac:
         total = torch.stack([self._weight(task) * loss.mean() for task, loss in losses.items()]).sum()
         return total / len(losses) if self._mean else total
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, OutlastWarning, stacklevel=5)
-
     # ---- the loop engine -----------------------------------------------------------------------------------------------
 
     def _loop(self, losses: Losses, factor: Tensor | None, counts: Mapping[Hashable, int] | None, *, final: bool) -> GradVacReport | None:
@@ -580,7 +576,7 @@ class GradVac:
         active = [k for k, group in enumerate(self._groups) if any(n in takes_part for n in group.members)]
         count = len(step.tasks)
         if not active and count > 1:
-            self._warn_once("no parameter is shared by two tasks, so there is nothing to vaccinate: the plain sum is used")
+            self._once.warn("no parameter is shared by two tasks, so there is nothing to vaccinate: the plain sum is used")
         members = {k: [n for n in self._groups[k].members if n in takes_part] for k in active}
         rows = {n: _flat([grads[task][n] for task in step.tasks]) for k in active for n in members[k]}
         grams = [
@@ -702,7 +698,7 @@ class GradVac:
         )
         weights = c.sum(1)
         if not bool(torch.isfinite(weights).all() and (weights.abs() < _LARGEST).all()):
-            self._warn_once(
+            self._once.warn(
                 "the vaccine's combination grew beyond all bounds (high targets for many tasks that oppose each other) and is left out; "
                 "lower target or max_target"
             )

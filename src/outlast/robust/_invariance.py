@@ -6,7 +6,6 @@ the mean predicted distribution shall be the same where the easy cue is present 
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal, cast
 
 import torch
@@ -15,13 +14,13 @@ from torch.nn import functional as F
 
 from outlast._core import _checks
 from outlast._core._distributed import differentiable_sum, world_size
+from outlast._core._once import Once
 from outlast._core._typing import Float, Int
-from outlast.errors import OutlastWarning
 
 Divergence = Literal["kl", "reverse_kl", "js"]
 Reduction = Literal["mean", "sum", "none"]
 _FEW = 128  # classes of which a table is cheaper than finding out which of them matter
-_warned: set[str] = set()
+_once = Once(2)
 
 
 def invariance_penalty(
@@ -86,7 +85,7 @@ def invariance_penalty(
     present = counts >= least
     both = present[:, 0] & present[:, 1:].any(1)
     if host and not bool(both.any()):
-        _warn_once("no class of the batch has examples of both groups, so the penalty is 0; use larger batches or balanced_sampler")
+        _once.warn("no class of the batch has examples of both groups, so the penalty is 0; use larger batches or balanced_sampler")
     kept: Tensor | None = None
     if host and K > _FEW:  # a table of all classes would be mostly empty
         kept = both.nonzero()[:, 0]
@@ -224,12 +223,6 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.element_size() < 4 else logits
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, OutlastWarning, stacklevel=3)
 
 
 def _check(logits: Tensor, labels: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from outlast._core._distributed import unwrapped
 from outlast._core._norm import eval_mode
 from outlast.diagnose.padding._pad import _Partial, watching_pads
 from outlast.errors import OutlastWarning, UnsupportedError
@@ -370,21 +371,7 @@ _WINDOWS = (
     aten.avg_pool2d,
     aten.avg_pool3d,
 )
-_WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "_FabricModule": "module",
-}
 _REDUCTIONS = (aten.mean, aten.sum, aten.amax, aten.max, aten.amin)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile and data parallelism."""
-    name = _WRAPPERS.get(type(model).__name__)  # a user's own module with a child of that name does more than call it
-    inner = getattr(model, name, None) if name else None
-    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 @contextmanager
