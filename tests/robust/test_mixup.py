@@ -596,6 +596,24 @@ def test_soft_and_pair_losses_agree_with_ignored_samples_and_partials(reduction,
     assert float(mixup_accuracy(hits, alone)) == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_own_mixing_leaves_ignored_samples_and_their_partners_alone(per_sample):
+    y = torch.tensor([0, 1, 2, -100, 3, 1])
+    logits, found = torch.randn(6, 4, generator=rng()), []
+    for labels in ("soft", "pair"):
+        mixup = MixUp(num_classes=4, labels=labels, per_sample=per_sample, pairing="roll", generator=rng(3))
+        with pytest.raises(ValueError, match="give the labels to draw"):
+            mixup.mix_targets(y, mixup.draw(6))
+        mix = mixup.draw(6, y)
+        assert mix.lam[[3, 4]].tolist() == [1.0, 1.0]  # 4's partner is 3
+        assert (mix.lam[[0, 1, 2, 5]] < 1.0).all()
+        found.append(mixup_loss(F.cross_entropy, logits, mixup.mix_targets(y, mix)))
+    torch.testing.assert_close(*found)
+    assert mixup.draw(6, classes()).lam.shape == ((6,) if per_sample else ())
+    with pytest.raises(ValueError, match="each of 5 samples"):
+        mixup.draw(5, y)
+
+
 def test_default_device_and_dtype_do_not_matter():
     expected = MixUp(num_classes=4, per_sample=True, generator=rng(2))(images(), classes())
     x, y = images(), classes()

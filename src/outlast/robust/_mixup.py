@@ -127,13 +127,22 @@ class _BatchMix(nn.Module):
         self._step += 1
         return stream
 
-    def draw(self, size: int) -> Mix:
+    def draw(self, size: int, labels: Tensor | None = None) -> Mix:
         """The weights and partners of the next batch of ``size`` samples, for code that mixes by itself (``mix_hidden``).
 
+        Args:
+            size: of the batch.
+            labels: class ids ``(B,)``, where some samples may have none (``ignore_index``): those, and their partners, get weight 1.
+
         Raises:
-            ValueError: no samples.
+            ValueError: no samples, or labels of another number.
         """
-        return self._draw(_checks.integer("size", size, low=1), self._stream())
+        mix = self._draw(_checks.integer("size", size, low=1), self._stream())
+        if labels is None:
+            return mix
+        if labels.ndim == 0 or len(labels) != size:
+            raise ValueError(f"labels must have one entry for each of {size} samples, got shape {tuple(labels.shape)}")
+        return _left_alone(mix, self._alone(mix, labels))
 
     def _draw(self, size: int, stream: torch.Generator) -> Mix:
         with _on_the_processor():
@@ -241,8 +250,15 @@ class _BatchMix(nn.Module):
         Args:
             y: class ids ``(B,)``, probabilities, multi-hot labels or values ``(B, C)``, values ``(B,)``; any shape for pairs.
             mix: from ``draw``.
+
+        Raises:
+            ValueError: as when called, or a sample without a label that was mixed with another (looked for on the CPU only).
+            TypeError: class ids as floating-point numbers.
         """
         self._check_labels(y)
+        alone = self._alone(mix, y)
+        if alone is not None and y.device.type == "cpu" and bool((mix.lam.to(y.device).expand(len(y))[alone] != 1.0).any()):
+            raise ValueError(f"samples without a label ({self.ignore_index}) are mixed with others: give the labels to draw(size, labels)")
         return self._mix_targets(y, mix)
 
     def _mix_targets(self, y: Tensor, mix: Mix) -> Tensor | MixedTarget:
@@ -460,7 +476,7 @@ def mix_hidden(model: nn.Module, layer: str | nn.Module, lam: Tensor | float, in
     """Mix what a layer puts out, in the forward passes inside (manifold mixup; embeddings of text).
 
     ```python
-    mix = mixup.draw(len(tokens))
+    mix = mixup.draw(len(tokens), labels)
     with mix_hidden(model, "embedding", *mix):
         logits = model(tokens)
     loss = mixup_loss(criterion, logits, mixup.mix_targets(labels, mix))
