@@ -130,6 +130,8 @@ def ddp_run(rank: int, count: int) -> dict[str, Any]:
         "local": {"sync": "local"},
         "global": {"sync": "global"},
         "local inner": {"sync": "local", "inner_steps": 2},
+        "local looksam": {"sync": "local", "every": 2, "reuse": "looksam"},
+        "global looksam": {"sync": "global", "every": 2, "reuse": "looksam"},
     }.items():
         model = mlp()
         wrapped = DistributedDataParallel(model)
@@ -148,7 +150,47 @@ def ddp_run(rank: int, count: int) -> dict[str, Any]:
             cross_entropy(wrapped, _shard(batch, rank, count)).backward()
         optimizer.step()
     result["local two-call"] = snapshot(model)
+    for name in ("micro", "global"):
+        model = mlp()
+        wrapped = DistributedDataParallel(model)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), rho=0.3, accumulate=name, sync="global")
+        for batch in batches(3):
+            x, y = _shard(batch, rank, count)
+            optimizer.step([closure_of(optimizer, wrapped, part, 0.5) for part in zip(x.chunk(2), y.chunk(2), strict=True)])
+        result[f"accumulate {name}"] = snapshot(model)
+    result["trainer"] = _trained_by_mixin(rank, count)
     return result
+
+
+def _trained_by_mixin(rank: int, count: int) -> list[Tensor]:
+    """What transformers' Trainer does with two micro-batches a step, of which the last alone is reduced."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from outlast.robust import SAMTrainerMixin
+
+    class Loop:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def training_step(self, model: nn.Module, inputs: Batch) -> Tensor:
+            loss = 0.5 * cross_entropy(model, inputs)
+            loss.backward()
+            return loss.detach()
+
+    class Trainer(SAMTrainerMixin, Loop):
+        pass
+
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    trainer = Trainer(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), sam={"rho": 0.3})
+    for batch in batches(3):
+        first, last = zip(*(part.chunk(2) for part in _shard(batch, rank, count)), strict=True)
+        with wrapped.no_sync():
+            trainer.training_step(wrapped, first)
+        trainer.training_step(wrapped, last)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+    return snapshot(model)
 
 
 def fsdp_run(rank: int, count: int) -> dict[str, Any]:

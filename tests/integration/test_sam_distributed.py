@@ -25,6 +25,10 @@ def halves(**options):
     return model
 
 
+def in_chunks(count):
+    return [list(zip(x.chunk(count), y.chunk(count), strict=True)) for x, y in batches(3)]
+
+
 def loaded(weights):
     model = mlp()
     model.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
@@ -36,13 +40,25 @@ def test_data_parallel_ranks_agree_and_equal_one_process(tmp_path):
     for name in first:
         assert same(first[name], second[name]), name
     in_parts = mlp()
-    parts = [list(zip(x.chunk(2), y.chunk(2), strict=True)) for x, y in batches(3)]
-    train_by_hand(in_parts, parts, rho=0.3, lr=0.5, momentum=0.9)
+    train_by_hand(in_parts, in_chunks(2), rho=0.3, lr=0.5, momentum=0.9)
     assert farthest(in_parts, alone()[0]) > 1e-4  # or the test could not tell
     assert farthest(loaded(first["local"]), in_parts) < 1e-6
     assert farthest(loaded(first["local two-call"]), in_parts) < 1e-6
     assert farthest(loaded(first["local inner"]), halves(inner_steps=2)) < 1e-6
     assert farthest(loaded(first["global"]), alone()[0]) < 1e-6
+    look = {"every": 2, "reuse": "looksam"}
+    assert farthest(loaded(first["local looksam"]), halves(**look)) < 1e-6
+    assert farthest(loaded(first["global looksam"]), alone(**look)[0]) < 1e-6
+    assert farthest(halves(**look), halves()) > 1e-4
+    assert farthest(loaded(first["accumulate global"]), alone()[0]) < 1e-6
+    quarters = mlp()
+    train_by_hand(quarters, in_chunks(4), rho=0.3, lr=0.5, momentum=0.9)
+    assert farthest(loaded(first["trainer"]), quarters) < 1e-6
+    # Of the two processes' first micro-batches one perturbation is made, and of their second ones another.
+    pairs = mlp()
+    crossed = [[tuple(torch.cat([a, b]) for a, b in zip(parts[i], parts[i + 2], strict=True)) for i in range(2)] for parts in in_chunks(4)]
+    train_by_hand(pairs, crossed, rho=0.3, lr=0.5, momentum=0.9)
+    assert farthest(loaded(first["accumulate micro"]), pairs) < 1e-6
 
 
 def test_sharded_parameters_train_as_in_one_process_and_refuse_local(tmp_path):

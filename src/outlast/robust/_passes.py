@@ -34,13 +34,14 @@ class LocalGradients:
     """Keeps the gradients of DistributedDataParallel modules local for the passes inside.
 
     A global forward pre-hook finds those modules, so none has to be handed in: DDP decides at its forward pass whether
-    the coming backward pass reduces.
+    the coming backward pass reduces. They stay in ``kept_local``.
     """
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
         self._hook: RemovableHandle | None = None
         self._unsynced: list[DistributedDataParallel] = []
+        self.kept_local: list[DistributedDataParallel] = []
         self._seen: dict[int, nn.Module] = {}
 
     def __enter__(self) -> LocalGradients:
@@ -66,6 +67,7 @@ class LocalGradients:
             if self._enabled and isinstance(part, DistributedDataParallel) and part.require_backward_grad_sync:
                 part.require_backward_grad_sync = False
                 self._unsynced.append(part)
+                self.kept_local.append(part)
 
 
 class FirstPass(LocalGradients):

@@ -8,7 +8,6 @@ the parameter part of ESAM (Du et al., ICLR 2022), the multi-step inner maximisa
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from outlast._core import _checks, _foreach
 from outlast._core._foreach import is_sharded
 from outlast._core._norm import BufferSnapshot, is_norm_layer
+from outlast._core._once import Once
 from outlast._core._perturbation import (
     TINY,
     ball_step,
@@ -32,7 +33,7 @@ from outlast._core._perturbation import (
     weight_scaling,
 )
 from outlast._core._random import generator
-from outlast.errors import OutlastWarning, StateError, UnsupportedError
+from outlast.errors import StateError, UnsupportedError
 from outlast.robust._passes import FirstPass, LocalGradients
 
 Closure = Callable[[], Tensor]
@@ -99,6 +100,7 @@ class _Progress:
     cleared: bool = False  # zero_grad was called during the present pass
     used: dict[nn.Parameter, tuple[TensorWeakRef, int]] = field(default_factory=dict)  # gradients of the last step
     modules: list[nn.Module] = field(default_factory=list)  # found by the first pass, where they are compiled
+    local: list[DistributedDataParallel] = field(default_factory=list)  # whose gradients the first pass did not reduce
     moved: list[nn.Parameter] | None = None  # None: not perturbed
     first: FirstPass | None = None
     snapshot: BufferSnapshot | None = None
@@ -108,10 +110,10 @@ class _Progress:
     component: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     component_norm: Tensor | None = None
     grads_at_weights: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    warned: set[str] = field(default_factory=set)
+    once: Once = field(default_factory=lambda: Once(3))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "used": {}, "modules": []}  # weak references do not travel, and the model travels by itself
+        return {**self.__dict__, "used": {}, "modules": [], "local": []}  # weak references do not travel, and the model travels by itself
 
 
 class SAM(Optimizer):
@@ -149,7 +151,8 @@ class SAM(Optimizer):
         eta: ASAM's floor, so that zero weights can move.
         inner_steps: steps of projected ascent (needs ``p = 2`` if more than one); costs ``inner_steps + 1`` passes.
         every: two passes only on every ``every``-th step, starting with the first.
-        reuse: ``"looksam"`` adds the kept sharpness component on the steps between.
+        reuse: ``"looksam"`` adds the kept sharpness component on the steps between. The component is one for all processes: under
+            DistributedDataParallel with ``sync="local"`` a step with two passes averages the first one's gradient once more for it.
         alpha: weight of that component.
         perturb_fraction: perturb each parameter tensor with this probability and by ``1 / perturb_fraction`` (ESAM).
         perturb: which parameters move: ``"all"``, ``"norm"``, ``"no_norm"`` or a predicate. Others count nowhere.
@@ -365,7 +368,7 @@ class SAM(Optimizer):
                 parameter.grad = None
         with self._first_pass() as first:
             loss = self._run(closures)
-        self._remember_compiled(first)
+        self._remember(first)
         norm = self._perturb()
         perturbed_loss = loss
         try:
@@ -387,7 +390,8 @@ class SAM(Optimizer):
             known = list(self._model.modules())
         return FirstPass(self._parameters(), local=self._local, known=known)
 
-    def _remember_compiled(self, first: FirstPass) -> None:
+    def _remember(self, first: FirstPass) -> None:
+        self._now.local = first.kept_local
         # A global hook that comes and goes makes torch.compile build its graphs again at every step. So the modules of the
         # first step are remembered; one that joins a compiled model later is not watched.
         if any(map(_is_compiled, first.modules)):
@@ -438,7 +442,7 @@ class SAM(Optimizer):
         """
         with self._first_pass() as first:
             yield
-        self._remember_compiled(first)
+        self._remember(first)
         self._now.first = first
 
     def ascend(self) -> Tensor:
@@ -462,7 +466,7 @@ class SAM(Optimizer):
         elif self._freeze and self._model is not None:
             self._now.snapshot = BufferSnapshot(self._model.modules())
         elif self._freeze:
-            self._warn_once(
+            self._now.once.warn(
                 "ascend() without first_pass() cannot find the model's buffers: running statistics (BatchNorm) will see the "
                 "second pass too. Put first_pass() around the first pass, give SAM the model, or say buffers='update'"
             )
@@ -640,6 +644,8 @@ class SAM(Optimizer):
     def _keep_component(self) -> None:
         """Keep the part of the SAM gradient orthogonal to the gradient, over the whole vector, in float32 (LookSAM)."""
         plain, self._now.grads_at_weights = self._now.grads_at_weights, {}
+        for module in self._now.local:
+            self._average(module, plain)
         sharp = {p: p.grad.float() for p in self._parameters() if p.grad is not None and p in plain}
         if not sharp:
             return
@@ -655,6 +661,20 @@ class SAM(Optimizer):
                 part.masked_fill_(~finite.to(part.device), 0.0)
         self._now.component = dict(zip(sharp, g, strict=True))
         self._now.component_norm = None
+
+    def _average(self, module: DistributedDataParallel, grads: dict[nn.Parameter, Tensor]) -> None:
+        """Average gradients over a module's processes, each with those of its own rows: the component must be one for all."""
+        own = set(self._parameters())
+        reduced = [p for p in module.parameters() if p.requires_grad and p in own]  # the same on all, whatever their rows have reached
+        for p in reduced:
+            if p not in grads:
+                grads[p] = torch.zeros_like(p, dtype=torch.float32)
+        group: Any = module.process_group
+        works: list[Any] = [torch.distributed.all_reduce(grads[p], group=group, async_op=True) for p in reduced]
+        for work in works:
+            work.wait()
+        for p in reduced:
+            grads[p].div_(torch.distributed.get_world_size(group))
 
     @torch.no_grad()
     def _reuse_component(self) -> None:
@@ -739,15 +759,10 @@ class SAM(Optimizer):
 
     def _warn_low_precision(self, moving: list[_Move]) -> None:
         if any(move.parameter.dtype in (torch.bfloat16, torch.float16) for move in moving):
-            self._warn_once(
+            self._now.once.warn(
                 "SAM perturbs bfloat16 or float16 weights: most steps of the perturbation are below half a unit in the last "
                 "place and vanish. Keep float32 weights and use autocast"
             )
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._now.warned:
-            self._now.warned.add(message)
-            warnings.warn(message, OutlastWarning, stacklevel=4)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -57,10 +57,9 @@ class SAMTrainerMixin:
         with sam.first_pass():
             loss = step(model, inputs, *args, **kwargs)
         with sam.perturbed():
+            for parameter, grad in before:  # not afterwards: DistributedDataParallel reduces sums of micro-batches with the last one
+                parameter.grad = grad
             step(model, inputs, *args, **kwargs)
-        for parameter, grad in before:
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         return loss
 
     def _sam_of(self, model: nn.Module) -> SAM:
