@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import webbrowser
 import zipfile
 from pathlib import Path
 
@@ -228,6 +229,21 @@ def test_report_collects_a_folder(tmp_path):
     empty = outlast("report", tmp_path / "empty")
     assert empty.returncode == 1
     assert "no results" in empty.stderr
+
+
+def test_report_shows_two_runs_that_share_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(TESTS))
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    words = ["run", "toy_study:STUDY", "--accelerator", "cpu", "--quiet", "--out", str(tmp_path)]
+    assert run_command(words) == 0
+    assert run_command([*words, "--set", "base=2", "--seeds", "4"]) == 0
+    capsys.readouterr()
+    assert run_command(["report", str(tmp_path), "--open"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("outlast run toy_study:STUDY") == 2
+    assert "--set base=2" in page
+    assert opened == [(tmp_path / "report.html").as_uri()]
 
 
 def test_report_leaves_out_a_damaged_manifest(tmp_path):

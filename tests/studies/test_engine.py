@@ -9,19 +9,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import toy_study
 
 from outlast._core._ray import ray_session
 from outlast.cli._progress import QuietProgress
 from outlast.studies import Claim, Metric, Scale, Study, get, names
+from outlast.studies import _run as engine
 from outlast.studies._compute import compute
-from outlast.studies._grid import Launch, Plan, cells
+from outlast.studies._context import Context
+from outlast.studies._grid import Launch, Plan, cells, without_repeats
 from outlast.studies._run import run
 from outlast.studies._statistics import interval, verdict
+from outlast.studies._store import read_plans
 from outlast.studies._summary import summarise
 
 TESTS = Path(__file__).parents[1]
@@ -186,6 +192,52 @@ def test_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         run_toy(tmp_path, plan(seeds=2))
     assert {path: path.read_bytes() for path in kept if path.name != "run.json"} == {p: d for p, d in kept.items() if p.name != "run.json"}
+
+
+def test_plans_of_one_folder_are_all_kept(tmp_path):
+    for the_plan in (plan(), plan(seeds=2), plan(base="2.0"), plan()):
+        folder = run_toy(tmp_path, the_plan).folder
+    assert read_plans(folder) == (plan(seeds=2), plan(base="2.0"), plan())
+    (folder / "run.json").write_text(json.dumps({"format": "outlast.run", "version": 1, **asdict(plan(seeds=4))}))
+    assert read_plans(folder) == (plan(seeds=4),)  # as written by an earlier release
+    (folder / "run.json").write_text("{")
+    assert read_plans(run_toy(tmp_path, plan(seeds=1)).folder) == (plan(seeds=1),)
+
+
+def test_a_part_is_shown_once_with_the_most_seeds():
+    study = Study(
+        "toy", "", "?", "A, 2021", "t", "tests", (toy_study.PART, replace(toy_study.PART, name="speed", timed=True)), "toy_study:STUDY"
+    )
+    both, more, other = plan(seeds=3), plan(seeds=5, parts=("speed",)), plan(seeds=5, base="2.0")
+    assert without_repeats(study, [both, more, other]) == [replace(both, parts=("adding",)), more, other]
+    assert without_repeats(study, [more, plan(seeds=5)]) == [plan(seeds=5)]
+    assert without_repeats(study, [plan(seeds=5), more]) == [replace(plan(seeds=5), parts=("adding",)), more]
+    assert without_repeats(study, [both]) == [both]
+
+
+def test_workers_run_what_measures_speed_one_by_one_at_the_end(tmp_path, monkeypatch):
+    parts = (replace(toy_study.PART, name="speed", timed=True), toy_study.PART)
+    study = Study("toy", "", "?", "A, 2021", "t", "tests", parts, "toy_study:STUDY")
+    seen = []
+
+    def work(_self, _ray, missing, workers, *_):
+        seen.append(({cell.part for cell in missing}, len(missing), workers))
+
+    monkeypatch.setattr(engine, "ray_session", lambda *_: nullcontext())
+    monkeypatch.setattr(engine._RayWorkers, "_work", work)
+    run(study, plan(seeds=2), tmp_path, QuietProgress(), workers=4)
+    assert seen == [({"adding"}, 4, 4), ({"speed"}, 4, 1)]
+
+
+def test_the_clock_waits_for_the_device(monkeypatch):
+    context = Context(0, asdict(Launch("cpu")), lambda *_: None)
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    context.clock()
+    assert not waited
+    context.fabric = SimpleNamespace(device=torch.device("cuda", 0))
+    assert context.clock() <= time.perf_counter()
+    assert waited == [torch.device("cuda", 0)]
 
 
 def test_overrides_are_typed():

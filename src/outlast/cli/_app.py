@@ -222,21 +222,23 @@ def report(
     from outlast.errors import DamagedFileError, MissingDataError
     from outlast.report import write_report
     from outlast.studies import get
+    from outlast.studies._grid import without_repeats
     from outlast.studies._run import collect
-    from outlast.studies._store import read_plan
+    from outlast.studies._store import read_plans
     from outlast.studies._summary import summarise
 
     progress = QuietProgress()
     summaries: list[Summary] = []
     for manifest in sorted(folder.glob("**/run.json")):
         try:
-            plan = read_plan(manifest.parent)
-            study = get(plan.study)
+            plans = read_plans(manifest.parent)
+            root = manifest.parents[2]
+            for name in dict.fromkeys(plan.study for plan in plans):
+                study = get(name)
+                own = without_repeats(study, [plan for plan in plans if plan.study == name])
+                summaries += [summarise(collect(study, plan, root, progress.note), _command(plan, root)) for plan in own]
         except (DamagedFileError, ValueError) as error:
             progress.note(f"left out of the report: {error}")
-            continue
-        root = manifest.parents[2]
-        summaries.append(summarise(collect(study, plan, root, progress.note), _command(plan, root)))
     if not summaries:
         raise MissingDataError(f"no results in {folder}; make some with: outlast run sam --out {folder}")
     page = output or folder / "report.html"

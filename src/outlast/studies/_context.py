@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -64,6 +65,12 @@ class Context:
             _SHARED[full] = build()
         _SHARED[full] = _SHARED.pop(full)  # the one used last goes last
         return _SHARED[full]
+
+    def clock(self) -> float:
+        """Seconds, read once the device has done what it was given: an accelerator works on after a call returns."""
+        if self.fabric.device.type != "cpu":
+            torch.accelerator.synchronize(self.fabric.device)
+        return time.perf_counter()
 
     def initialise(self, build: Callable[[], nn.Module]) -> nn.Module:
         """Build a model with an initialisation that is a function of the seed, leaving torch's generator alone."""

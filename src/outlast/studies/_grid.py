@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import yaml
@@ -96,6 +96,27 @@ def chosen_parts(study: Study, scale: ScaleName, names: Sequence[str]) -> list[P
     if not with_scale:
         raise ValueError(f"study {study.name!r} has nothing to run at scale {scale!r}")
     return with_scale
+
+
+def without_repeats(study: Study, plans: Sequence[Plan]) -> list[Plan]:
+    """The plans of one folder, each with the parts that no other plan of equal settings has with more seeds (or as many, and later).
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    parts = [{part.name for part in chosen_parts(study, plan.scale, plan.parts)} for plan in plans]
+    found: list[Plan] = []
+    for number, plan in enumerate(plans):
+        better = {
+            name
+            for place, other in enumerate(plans)
+            if (other.overrides, other.launch) == (plan.overrides, plan.launch) and (other.seeds, place) > (plan.seeds, number)
+            for name in parts[place]
+        }
+        own = [part.name for part in study.parts if part.name in parts[number] - better]
+        if own:
+            found.append(plan if len(own) == len(parts[number]) else replace(plan, parts=tuple(own)))
+    return found
 
 
 def cells(study: Study, plan: Plan) -> list[Cell]:

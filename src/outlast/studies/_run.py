@@ -160,16 +160,20 @@ class _RayWorkers:
         self._workers = workers
 
     def __call__(self, missing: list[Cell], store: Store, result: Run, progress: Progress) -> None:
+        timed = [cell for cell in missing if result.study.part(cell.part).timed]
+        others = [cell for cell in missing if cell not in timed]
         with ray_session(self._workers, missing[0].launch["threads"], "--workers") as ray:
-            self._work(ray, missing, store, result, progress)
+            for some, workers in ((others, self._workers), (timed, 1)):  # those that measure speed run by themselves
+                if some:
+                    self._work(ray, some, workers, store, result, progress)
 
-    def _work(self, ray: Any, missing: list[Cell], store: Store, result: Run, progress: Progress) -> None:
+    def _work(self, ray: Any, missing: list[Cell], workers: int, store: Store, result: Run, progress: Progress) -> None:
         gpus = 0 if missing[0].launch["accelerator"] == "cpu" or not ray.cluster_resources().get("GPU") else missing[0].launch["devices"]
         remote = ray.remote(num_cpus=missing[0].launch["threads"], num_gpus=gpus)(_remote_compute)
         running: dict[Any, tuple[Cell, ExitStack]] = {}
         for cell in _until_done(missing):
             under_way = [other for other, _ in running.values()]
-            if len(running) == self._workers or (running and all(any(c is o for o in under_way) for c in missing)):
+            if len(running) == workers or (running and all(any(c is o for o in under_way) for c in missing)):
                 self._await_one(ray, running, missing, store, result, progress)
             if any(cell is other for other, _ in running.values()) or cell not in missing:
                 continue

@@ -55,11 +55,9 @@ class Network(Settings):
         self, context: Context, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, loss_fn: Any
     ) -> tuple[nn.Module, float]:
         """The trained network without wrappers, and milliseconds a step."""
-        import time
-
         from outlast.studies._sequence import optimizer_of, warm_cosine
 
-        start = time.perf_counter()
+        start = context.clock()
         trained = context.train(
             model,
             optimizer_of(self.lr),
@@ -71,7 +69,7 @@ class Network(Settings):
             max_steps=self.steps,
             schedule=lambda optimizer, _: warm_cosine(optimizer, self.steps),
         )
-        return context.plain(trained), 1e3 * (time.perf_counter() - start) / self.steps
+        return context.plain(trained), 1e3 * (context.clock() - start) / self.steps
 
 
 NONE = Arm("none", "no attention", "baseline", {"kind": "none"})
@@ -197,7 +195,6 @@ DECODING_METRICS = (
 def decoding_cell(config: Decoding, seed: int, context: Context) -> Outcome:
     """Median time of a step at a position, and the size of what it needs of the past."""
     import statistics
-    import time
     from collections.abc import Callable
 
     import torch
@@ -228,7 +225,7 @@ def decoding_cell(config: Decoding, seed: int, context: Context) -> Outcome:
     times: list[float] = []
     with torch.no_grad(), one_thread():
         for _ in range(config.repeats + 20):
-            start = time.perf_counter()
+            start = context.clock()
             step()
-            times.append(time.perf_counter() - start)
+            times.append(context.clock() - start)
     return Outcome({"milliseconds": 1e3 * statistics.median(times[20:]), "kilobytes": 4e-3 * numbers})

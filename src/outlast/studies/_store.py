@@ -34,13 +34,19 @@ class Store:
         return self.folder / cell.part / cell.file_name
 
     def prepare(self, plan: Plan) -> None:
-        """Make the folder and write the manifest, so that an unwritable place is known before any work.
+        """Make the folder and add the plan to the manifest, so that an unwritable place is known before any work.
 
         Raises:
             OSError: the folder cannot be made or written.
         """
-        content = {"format": "outlast.run", "version": 1, **asdict(plan)}
-        write_whole(self.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
+        with self._lock("manifest", fcntl.LOCK_EX):
+            try:
+                before = read_plans(self.folder)
+            except (FileNotFoundError, DamagedFileError):
+                before = ()  # the results themselves do not depend on it
+            plans = [asdict(known) for known in (*(known for known in before if known != plan), plan)]
+            content = {"format": "outlast.run", "version": 2, "plans": plans}
+            write_whole(self.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
 
     def read(self, cell: Cell) -> Record | None:
         """A finished cell's record; None if there is none that can be trusted.
@@ -86,37 +92,51 @@ class Store:
     @contextmanager
     def claim(self, cell: Cell) -> Generator[bool]:
         """Whether this process may compute the cell now; a lock that dies with the process keeps others off it."""
+        with self._lock(cell.key[:20], fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+            yield mine
+
+    @contextmanager
+    def _lock(self, name: str, kind: int) -> Generator[bool]:
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        path = locks / cell.key[:20]
+        path = locks / name
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind)
             except BlockingIOError:
                 yield False
                 return
             try:
                 yield True
             finally:
-                path.unlink(missing_ok=True)
+                if kind & fcntl.LOCK_NB:  # who waits for a lock would hold it on a file that is gone
+                    path.unlink(missing_ok=True)
 
 
-def read_plan(folder: Path) -> Plan:
-    """The manifest of a run folder.
+def read_plans(folder: Path) -> tuple[Plan, ...]:
+    """The plans that were run into a folder, as its manifest lists them, the latest last.
 
     Raises:
+        FileNotFoundError: there is no manifest.
         DamagedFileError: it cannot be read.
     """
     path = folder / "run.json"
+    data = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
-        return Plan(
-            study=content["study"],
-            scale=content["scale"],
-            seeds=int(content["seeds"]),
-            parts=tuple(content["parts"]),
-            overrides=content["overrides"],
-            launch=Launch(**content["launch"]),
+        content = json.loads(data)
+        entries = [content] if content["version"] == 1 else content["plans"]  # the first form held one plan
+        if not entries:
+            raise ValueError("no plans")
+        return tuple(
+            Plan(
+                study=entry["study"],
+                scale=entry["scale"],
+                seeds=int(entry["seeds"]),
+                parts=tuple(entry["parts"]),
+                overrides=entry["overrides"],
+                launch=Launch(**entry["launch"]),
+            )
+            for entry in entries
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} is no manifest of a run ({error})") from error

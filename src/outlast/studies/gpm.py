@@ -187,7 +187,6 @@ def _learn(
     tasks: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
     heads: int | None = None,
 ) -> Outcome:
-    import time
 
     import torch
     import torch.nn.functional as F
@@ -222,7 +221,7 @@ def _learn(
         labels = torch.cat([train[1] for train, _ in group])
         if memory is None and not config.keep_state:
             optimizer.state.clear()
-        start = time.perf_counter()
+        start = context.clock()
         wrapped = context.train(
             model,
             make,
@@ -247,7 +246,7 @@ def _learn(
         if replay is not None:
             chosen = draw[: config.agem_samples // count] if isinstance(config, Split) else draw[:0]
             replay.remember(images[chosen].to(device), labels[chosen].to(device))
-        seconds += time.perf_counter() - start
+        seconds += context.clock() - start
         shown = range(count) if config.method == "joint" else range(number + 1)
         for other in shown:
             score = _score(model, memory, other, tasks[other][1], heads, per_task=isinstance(config, Split) and config.norm == "per_task")

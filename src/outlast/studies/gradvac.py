@@ -230,23 +230,21 @@ def kinship_cell(config: Kinship, seed: int, context: Context) -> Outcome:
 
 def vaccine_cell(config: Vaccine, seed: int, context: Context) -> Outcome:
     """Train with one way of combining the languages' gradients, and measure what held-out messages cost."""
-    import time
-
     import torch
 
     text = _Text(config, context)
-    start = time.perf_counter()
+    start = context.clock()
     if config.method == "sum":
         model, found = _train(config, context, text, _plain()), {}
     elif config.method == "static":
         # The control: the plain sum with the mean weights that the same vaccine ends up giving the languages.
         dynamic = config.model_copy(update={"method": "gradvac"})
         weights = context.shared(("gradvac", dynamic.model_dump_json()), lambda: _vaccinated(dynamic, context, text))[1]["weights"]
-        start = time.perf_counter()
+        start = context.clock()
         model, found = _train(config, context, text, _plain(torch.tensor(weights))), {"weights": weights}
     else:
         model, found = context.shared(("gradvac", config.model_dump_json()), lambda: _vaccinated(config, context, text))
-    seconds = found.get("seconds", time.perf_counter() - start)
+    seconds = found.get("seconds", context.clock() - start)
     low = [language for language in text.languages if language in config.low_resource]
     high = [language for language in text.languages if language not in low]
     metrics = {
@@ -263,15 +261,13 @@ def vaccine_cell(config: Vaccine, seed: int, context: Context) -> Outcome:
 
 def _vaccinated(config: Vaccine, context: Context, text: _Text) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model with the mean target, the share of pairs acted on and the mean effective weights of its run."""
-    import time
-
     import torch
     import torch.nn.functional as F
 
     from outlast.multitask import GradVac
 
     totals: dict[str, Any] = {"acted": 0.0, "weights": torch.zeros(len(text.languages), dtype=torch.float64)}
-    start = time.perf_counter()
+    start = context.clock()
     vaccines: list[GradVac] = []
 
     def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
@@ -308,7 +304,7 @@ def _vaccinated(config: Vaccine, context: Context, text: _Text) -> tuple[nn.Modu
         "target": sum(targets) / len(targets),
         "acted": 100.0 * totals["acted"] / config.steps,
         "weights": (totals["weights"] / config.steps).tolist(),
-        "seconds": time.perf_counter() - start,
+        "seconds": context.clock() - start,
     }
 
 

@@ -199,7 +199,6 @@ class Speed(Settings):
 def speed_cell(config: Speed, seed: int, context: Context) -> Outcome:
     """Exact and linear attention in turns on one thread, forward and with backward; medians."""
     import statistics
-    import time
 
     import torch
     import torch.nn.functional as F
@@ -217,12 +216,12 @@ def speed_cell(config: Speed, seed: int, context: Context) -> Outcome:
     with one_thread():
         for repeat in range(config.repeats + 1):
             for name, attend in rivals.items():
-                start = time.perf_counter()
+                start = context.clock()
                 with torch.no_grad():
                     attend()
-                middle = time.perf_counter()
+                middle = context.clock()
                 attend().sum().backward()
-                end = time.perf_counter()
+                end = context.clock()
                 if repeat:
                     times[f"{name} forward"].append(1e3 * (middle - start))
                     times[f"{name} both"].append(1e3 * (end - middle))
