@@ -162,6 +162,26 @@ def ddp_run(rank: int, count: int) -> dict[str, Any]:
     return result
 
 
+def dimension_run(rank: int, count: int) -> dict[str, Any]:
+    from outlast.diagnose import dimension
+
+    data = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    own = data[rank::count]
+    whole = dimension.estimate(data, k=(5, 10), anchors=101)
+    metric = dimension.Metric(k=(5, 10))
+    metric.update(own)
+    net = nn.Linear(6, 4)
+    nn.init.eye_(net.weight)
+    nn.init.zeros_(net.bias)
+    try:
+        dimension.estimate(own, k=5)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    layer = dimension.by_layer(net, own.split(50), [""], k=(5, 10))[""]
+    return {"estimate": whole.value, "se": whole.se, "metric": metric.compute().value, "layer": layer.value, "refused": refused}
+
+
 def _trained_by_mixin(rank: int, count: int) -> list[Tensor]:
     """What transformers' Trainer does with two micro-batches a step, of which the last alone is reduced."""
     from torch.nn.parallel import DistributedDataParallel

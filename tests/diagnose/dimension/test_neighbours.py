@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from outlast._core._neighbours import nearest
 from outlast.diagnose import dimension as dim
+from outlast.diagnose.dimension import _rows as rows_module
 
 
 def rng(seed=0):
@@ -96,6 +97,28 @@ def test_memory_maps_are_read_in_place(tmp_path):
     np.save(tmp_path / "rows.npy", values)
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     assert torch.equal(dim.knn(mapped, 4)[0], dim.knn(torch.from_numpy(values), 4)[0])
+
+
+def test_maps_of_bytes_with_copies_never_lie_in_memory_as_a_whole(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 256, size=(300, 20), dtype=np.uint8)
+    values[[40, 299]] = values[3]
+    np.save(tmp_path / "rows.npy", values)
+    whole, spooled, real = rows_module.as_rows(values), [], rows_module._spooled
+
+    def spy(parts):
+        found = real(parts)
+        spooled.append(len(found))
+        return found
+
+    monkeypatch.setattr(rows_module, "_spooled", spy)
+    monkeypatch.setattr(rows_module, "_BLOCK", 64)
+    mapped = rows_module.as_rows(np.load(tmp_path / "rows.npy", mmap_mode="r"))
+    assert spooled == [300, 298]  # as numbers, and without the copies: both to a file
+    assert torch.equal(mapped.values, whole.values)
+    assert torch.equal(mapped.leader, whole.leader)
+    assert (mapped.num_duplicates, mapped.notes) == (2, ("uint8 values taken as float32",))
+    streamed = rows_module.as_rows(torch.from_numpy(values).split(50))
+    assert torch.equal(streamed.values, whole.values)
 
 
 def test_public_search_counts_itself_on_request_and_refuses_mistakes():

@@ -71,13 +71,16 @@ def estimate(
         seed: of the anchors and the bootstrap.
         bootstrap: resamples of the anchors for a 95 % interval; 0 for none, 200 is usual.
 
+    Under ``torch.distributed`` the processes share the anchors among them: all must call this, with the same data (each its own part:
+    ``Metric``, ``by_layer``).
+
     Returns:
         The estimates by ``k`` with standard errors; ``value`` is that of the largest ``k``. Compare sets at equal N and k
         only (``compare``).
 
     Raises:
         ValueError: ``k`` too small for the method, fewer than ``k + 1`` distinct rows, NaN or infinity (with the row),
-            anchors out of range, more than half of the anchors excluded, unknown method or metric.
+            anchors out of range, more than half of the anchors excluded, unknown method or metric, processes with different data.
         TypeError: complex or text data.
     """
     _checks.choice("method", method, METHODS)
@@ -449,10 +452,11 @@ def by_layer(
 
     Args:
         model: run in eval mode, unchanged.
-        loader: batches, as in ``model(batch)`` or ``model(batch[0])``.
+        loader: batches, as in ``model(batch)`` or ``model(batch[0])``; under ``torch.distributed`` each process's own part, since the
+            features of all are put together.
         layers: names of submodules; ``""`` is the model's output.
         pool: ``"flatten"`` or ``"mean"`` over positions.
-        max_rows: rows to use.
+        max_rows: rows to use, of each process.
         **settings: of ``estimate``.
 
     Raises:
@@ -460,7 +464,7 @@ def by_layer(
     """
     _checks.choice("pool", pool, ("flatten", "mean"))
     features = layer_features(model, loader, layers, pool=pool, max_rows=max_rows)
-    return {name: estimate(rows, **settings) for name, rows in features.items()}
+    return {name: estimate(_distributed.gather_rows(rows), **settings) for name, rows in features.items()}
 
 
 def compare(sets: Mapping[str, Any], *, match_n: bool = True, seed: int = 0, **settings: Any) -> ComparisonResult:
@@ -556,6 +560,12 @@ def _distances(values: Tensor, k: int, chosen: Tensor | None) -> Tensor:
     world = _distributed.world_size()
     if world == 1:
         return nearest(values, k, rows=chosen)[0]
+    known = _distributed.gather((tuple(values.shape), k, None if chosen is None else len(chosen), values[[0, -1]].double().sum(1).tolist()))
+    if any(each != known[0] for each in known):
+        raise ValueError(
+            "the processes hold different rows or ask for different things: give all of them the same data, or stream each one's own part "
+            "into dimension.Metric"
+        )
     everyone = torch.arange(len(values), device=values.device) if chosen is None else chosen
     mine, _ = nearest(values, k, rows=everyone[_distributed.rank() :: world])
     result = torch.empty(len(everyone), k, dtype=torch.float64)

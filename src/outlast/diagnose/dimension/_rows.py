@@ -61,10 +61,13 @@ def as_rows(data: Any, *, duplicates: Duplicates = "drop", device: torch.device 
         raise ValueError(f"duplicates must be 'drop', 'error' or 'keep', got {duplicates!r}")
     values = _matrix(data)
     notes: list[str] = []
+    mapped = (isinstance(data, np.memmap) or not isinstance(data, Tensor | np.ndarray | list | tuple)) and device is None
     if device is not None:
         values = values.to(device)
     if values.dtype not in (torch.float32, torch.float64):
-        given, values = values.dtype, values.to(_real_type(values.dtype))
+        given = values.dtype
+        # A map is larger than the memory may be: its numbers go into another one, part by part.
+        values = _spooled(values.split(_BLOCK)) if mapped else values.to(_real_type(values.dtype))
         notes.append(f"{str(given).removeprefix('torch.')} values taken as {str(values.dtype).removeprefix('torch.')}")
     _check_finite(values)
     leader = _leaders(values)
@@ -79,7 +82,9 @@ def as_rows(data: Any, *, duplicates: Duplicates = "drop", device: torch.device 
         same = "all rows are identical" if distinct == 1 else f"data has {distinct} distinct rows"
         raise ValueError(f"{same} ({len(values)} rows, {copies} exact copies); this needs at least {least} distinct rows")
     if copies and duplicates == "drop":
-        values, leader = values[first], (first.cumsum(0) - 1)[leader]
+        leader = (first.cumsum(0) - 1)[leader]
+        parts = zip(values.split(_BLOCK), first.split(_BLOCK), strict=True)
+        values = _spooled(part[own] for part, own in parts if own.any()) if mapped else values[first]
     else:
         leader = everyone
     if len(values) < 100:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outlast._core import _checks
+from outlast._core._distributed import gather_rows
 from outlast._core._random import generator
 from outlast._core._typing import Float
 from outlast.diagnose.dimension._estimate import estimate
@@ -120,14 +121,14 @@ class Metric:
                 self._rows[place] = row
 
     def compute(self) -> DimensionResult:
-        """The estimate on the rows kept.
+        """The estimate on the rows kept; under ``torch.distributed``, on those of all processes, which must all call this.
 
         Raises:
             ValueError: no rows yet, or too few.
         """
         if self._rows is None:
             raise ValueError("no features yet: call update() first")
-        return estimate(self._rows, seed=self.seed, **self._settings)
+        return estimate(gather_rows(self._rows), seed=self.seed, **self._settings)
 
 
 def synthetic_images(d: int, n: int, size: Sequence[int] = (3, 32, 32), seed: int = 0) -> Float[Tensor, "n ..."]:
