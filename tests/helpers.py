@@ -259,6 +259,13 @@ def tent_run(rank: int, count: int) -> dict[str, Any]:
         for batch in batches(4, size=16):
             adapter(_shard(batch, rank, count)[0])
         result[name] = snapshot(adapter.model)
+    for stats in ("ema", "blend"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.SyncBatchNorm(8), nn.Tanh(), nn.Linear(8, 3))
+        adapter = Tent(model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), stats=stats)
+        for batch in batches(4, size=16):
+            adapter(_shard(batch, rank, count)[0])
+        result[stats] = [*snapshot(adapter.model), adapter(_shard(batches(5, size=16)[4], 0, 1)[0])]
     return result
 
 

@@ -832,19 +832,41 @@ def test_single_row_with_batch_statistics_is_explained():
 
 @pytest.mark.parametrize("kind", [BN, LN])
 @pytest.mark.parametrize("stats", ["batch", "ema"])
-def test_batches_that_are_not_finite_change_nothing(kind, stats):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_are_not_finite_change_nothing(kind, stats, accumulate):
     model = net(kind)
-    adapter = quiet(Tent, model, lr=0.01, stats=stats, guards=[EntropyFilter(0.99)])
-    twin = quiet(Tent, model, lr=0.01, stats=stats, guards=[EntropyFilter(0.99)])
-    good, bad = stream(2), stream(1)[0].clone()
+    adapter, twin = (
+        quiet(Tent, model, lr=0.01, stats=stats, accumulate=accumulate, guards=[EntropyFilter(0.99), RedundancyFilter(0.999)])
+        for _ in range(2)
+    )
+    good, bad = stream(4), stream(1)[0].clone()
     bad[3, 2] = math.nan
     adapter(good[0])
     twin(good[0])
     y = adapter(bad)
     assert torch.isnan(y).any()
-    assert (1, "nonfinite") in adapter.report.events
-    assert torch.equal(adapter(good[1]), twin(good[1]))
+    assert "nonfinite" in [event for _, event in adapter.report.events]
+    for batch in good[1:]:
+        assert torch.equal(adapter(batch), twin(batch))
     assert same_state(values(adapter), values(twin))
+    assert adapter.report.used == twin.report.used > 0
+
+
+def test_a_gradient_that_overflows_changes_nothing():
+    steep = False
+
+    def loss(logits):  # its gradient is infinite on demand while its value is not, as of half precision without a scaler
+        value = entropy(logits, reduction="none")
+        return value + (value - value.detach()).sqrt() if steep else value
+
+    model, good, bad = net(LN), stream(2), stream(1)[0]
+    adapter, twin = (quiet(Tent, model, lr=0.01, guards=[RedundancyFilter(0.999)], loss=loss) for _ in range(2))
+    steep = True
+    adapter(bad)
+    steep = False
+    assert [event for _, event in adapter.report.events] == ["nonfinite"]
+    for batch in good:
+        assert torch.equal(adapter(batch), twin(batch))
 
 
 def test_ten_bad_batches_in_a_row_are_said():

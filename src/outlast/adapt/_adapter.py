@@ -510,6 +510,8 @@ class TestTimeAdapter(nn.Module):
             grads = self._gradients(objective)
         value, count, size = torch.stack([loss, used, _foreach.norm(grads).to(loss)]).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
+            for guard in self._guards:
+                guard.discarded()
             self._note_bad_batch(skipped=True)
             return False
         counters.bad_in_a_row = 0

@@ -109,6 +109,9 @@ class Guard:
     def selected(self, logits: Tensor, kept: Tensor) -> None:
         """The rows that count after all guards have selected."""
 
+    def discarded(self) -> None:
+        """The batch of the latest ``selected`` was not learnt from: its loss or gradient is not finite."""
+
     def penalty(self, logits: Tensor | None, adapter: Adapter) -> Tensor | None:
         """A 0-dim term added to the loss, with its gradient."""
         return None
@@ -178,6 +181,7 @@ class RedundancyFilter(Guard):
         self.momentum = _checks.real("momentum", momentum, low=0.0, high=1.0)
         self._mean: Tensor | None = None
         self._pending: Tensor | None = None
+        self._before: Tensor | None = None
 
     def select(self, logits: Tensor, kept: Tensor) -> Tensor:
         """Rows that are kept so far and not redundant."""
@@ -188,9 +192,14 @@ class RedundancyFilter(Guard):
 
     def selected(self, logits: Tensor, kept: Tensor) -> None:
         """Sum up the predictions that are used."""
-        p = row_probabilities(logits)
-        sums = torch.cat([(p * kept[:, None]).sum(0), kept.sum()[None].to(p)])
+        p = torch.where(kept[:, None], row_probabilities(logits), 0.0)  # a weight of 0 does not stop NaN
+        sums = torch.cat([p.sum(0), kept.sum()[None].to(p)])
+        self._before = self._pending
         self._pending = sums if self._pending is None else self._pending + sums
+
+    def discarded(self) -> None:
+        """Forget the predictions of that batch."""
+        self._pending, self._before = self._before, None
 
     def after_step(self, adapter: Adapter) -> None:
         """The mean moves by the rows that were used, over all processes."""
@@ -203,7 +212,7 @@ class RedundancyFilter(Guard):
 
     def restored(self) -> None:
         """Forget the mean."""
-        self._mean = self._pending = None
+        self._mean = self._pending = self._before = None
 
     def apply(self, move: Callable[[Tensor], Tensor]) -> None:
         """The mean and what waits for it."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from outlast._core._distributed import differentiable_sum, world_size
 from outlast._core._norm import has_running_statistics, is_batch_norm
 
 Mode = Literal["batch", "source", "ema", "blend"]
@@ -94,9 +95,9 @@ class Statistics:
         if self._now == "ema" and self._fixed:
             mean, var = (value.to(h) for value in self.running[number])
         else:
-            var_b, mean_b = torch.var_mean(h, [0, *range(2, h.ndim)], correction=0)
+            var_b, mean_b, rows = _batch_statistics(layer, h)
             if self._now == "blend":
-                share = len(x) / (self.prior + len(x))
+                share = rows / (self.prior + rows)
                 mean, var = torch.lerp(mean_s, mean_b, share), torch.lerp(var_s, var_b, share)
             else:
                 pairs = zip(self.running[number], (mean_b, var_b), strict=True)
@@ -140,6 +141,21 @@ class _Mixing:
         if not self._statistics.mixes:
             return None
         return (self._statistics.mixed(self._number, inputs[0]), *inputs[1:])
+
+
+def _batch_statistics(layer: _NormBase, h: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Biased variance and mean of the channels, and the rows that they are of: for SyncBatchNorm those of all processes."""
+    places = [0, *range(2, h.ndim)]
+    if not isinstance(layer, nn.SyncBatchNorm) or world_size() == 1:
+        var, mean = torch.var_mean(h, places, correction=0)
+        return var, mean, float(len(h))
+    group = layer.process_group
+    own = h.new_tensor([len(h), h.numel() / h.shape[1]])
+    torch.distributed.all_reduce(own, group=group)
+    rows, count = own.tolist()
+    mean = differentiable_sum(h.sum(places), group) / count
+    around = h - mean.view([1, -1] + [1] * (h.ndim - 2))
+    return differentiable_sum(around.square().sum(places), group) / count, mean, rows
 
 
 def _mean(layer: _NormBase) -> Tensor:
