@@ -417,13 +417,17 @@ def test_half_precision_keeps_a_float32_state(dtype, limit):
     assert (found.float() - exact).norm() / exact.norm() < limit
 
 
-def test_autocast_leaves_the_estimate_in_float32():
+@pytest.mark.parametrize("stabilizer", ["per_feature", "official"])
+def test_autocast_leaves_the_estimate_in_float32(stabilizer):
     q, k, v, W = problem(dtype=torch.float32, requires_grad=True)
+    settings = {"is_causal": True, "projection": W, "stabilizer": stabilizer}
     with torch.autocast("cpu", torch.bfloat16):
-        found = favor_attention(q, k, v, is_causal=True, projection=W)
+        found = favor_attention(q, k, v, **settings)
         found.sum().backward()
+        error = attention_error(*(x.detach() for x in (q, k, v, W)), is_causal=True, warn_above=math.inf)
     assert found.dtype == torch.float32
-    assert torch.equal(found, favor_attention(q, k, v, is_causal=True, projection=W))
+    assert torch.equal(found, favor_attention(q, k, v, **settings))
+    assert error == attention_error(*(x.detach() for x in (q, k, v, W)), is_causal=True, warn_above=math.inf)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pkgutil
@@ -14,9 +15,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import toy_study
+from rich.console import Console
+from rich.progress import TimeRemainingColumn
 
 import outlast as package
 from outlast.cli._app import run_command
+from outlast.cli._progress import RichProgress
+from outlast.studies._grid import Launch, Plan, cells
 
 TESTS = Path(__file__).parents[1]
 EXTRAS = (
@@ -253,6 +259,50 @@ def test_report_leaves_out_a_damaged_manifest(tmp_path):
     done = outlast("report", tmp_path)
     assert done.returncode == 0
     assert "left out" in done.stderr
+
+
+def test_what_a_user_s_module_raises_is_one_line(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_study.py").write_text("1 / 0\n")
+    (tmp_path / "broken_model.py").write_text("def make():\n    raise RuntimeError('no weights')\n")
+    (tmp_path / "broken_claim.py").write_text(
+        "from dataclasses import replace\nimport sys\n"
+        f"sys.path.insert(0, {str(TESTS)!r})\nimport toy_study\n"
+        "claim = replace(toy_study.PART.claims[0], measure=lambda results, seed: {}['nothing'])\n"
+        "STUDY = replace(toy_study.STUDY, parts=(replace(toy_study.PART, claims=(claim,)),))\n"
+    )
+    code, told = refused("run", "broken_study:STUDY")
+    assert code == 2
+    assert "ZeroDivisionError" in told
+    code, told = refused("diagnose", "padding", "broken_model:make")
+    assert code == 2
+    assert "RuntimeError: no weights" in told
+    code, told = refused("run", "broken_claim:STUDY", "--accelerator", "cpu", "--quiet", "--out", tmp_path / "runs")
+    assert code == 1
+    assert "KeyError: 'nothing'" in told
+
+
+def test_a_terminal_shows_the_time_left_and_goes_on_after_a_failure():
+    told = io.StringIO()
+    the_plan = Plan("toy_study:STUDY", "quick", 2, (), {}, Launch("cpu"))
+    grid = cells(toy_study.STUDY, the_plan)
+    progress = RichProgress(Console(file=told, force_terminal=True, width=140))
+    progress.start(toy_study.STUDY, the_plan, len(grid), 0)
+    bars = progress._bars
+    assert any(isinstance(column, TimeRemainingColumn) for column in bars.columns)
+    for number, cell in enumerate(grid):
+        progress.cell_started(cell)
+        progress.epoch(cell, 1, 3, 0.5)
+        if number == 1:
+            progress.cell_failed(cell, ValueError("told to fail"))
+        else:
+            progress.cell_finished(cell, 1.0)
+    study = bars.tasks[0]
+    assert (study.completed, study.total, study.finished) == (4, 4, True)
+    progress.stop()
+    assert "loss 0.500" in told.getvalue()
+    assert "0:00:00" in told.getvalue()
 
 
 def test_traceback_is_printed_on_request():

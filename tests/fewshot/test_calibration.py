@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -109,6 +110,27 @@ def test_files_are_exact_and_need_no_unpickling(tmp_path, dtype):
         BaseStatistics.load(tmp_path / "none.npz")
 
 
+def test_a_power_is_not_mixed_with_none():
+    x, y = torch.rand(40, 6, generator=rng()), torch.arange(4).repeat(10)
+    whole = BaseStatistics.from_features(x, y, tukey=0.5)
+    for second, transformed in ((x[20:], False), (x[20:].sqrt(), True)):
+        parts = BaseStatistics.from_features(x[:20], y[:20], tukey=0.5).partial_fit(second, y[20:], transformed=transformed)
+        torch.testing.assert_close(parts.means, whole.means, rtol=0, atol=1e-6)
+        for number in range(4):
+            torch.testing.assert_close(parts.covariance(number), whole.covariance(number), rtol=0, atol=1e-6)
+
+
+def test_statistics_that_overflow_are_refused(tmp_path):
+    rows, names = 1e6 * torch.rand(10, 3, generator=rng()), [7] * 5 + [8] * 5
+    with pytest.raises(ValueError, match=r"base class 7 hold NaN or infinity in torch\.float16"):
+        BaseStatistics.from_features(rows, names, dtype=torch.float16)
+    large = BaseStatistics.from_features(rows, names)
+    large.means[0, 0] = math.nan
+    large.save(tmp_path / "large.npz")
+    with pytest.raises(ValueError, match="base class 7"):
+        BaseStatistics.load(tmp_path / "large.npz")
+
+
 def test_small_classes_ranks_and_limits():
     x = torch.randn(21, 6, generator=rng())
     y = [0] * 10 + [1] * 10 + [2]
@@ -133,6 +155,8 @@ def test_small_classes_ranks_and_limits():
         BaseStatistics(6).partial_fit(torch.zeros(2, 6), [0, 0, 1])
     with pytest.raises(ValueError, match="cannot merge"):
         BaseStatistics(6).merge(BaseStatistics(6, tukey=0.5))
+    with pytest.raises(ValueError, match="say transformed=True or False"):
+        BaseStatistics(6, tukey=0.5).partial_fit(torch.zeros(2, 6), [0, 0])
     assert base.without([0]).labels == [1]
     assert base.to(dtype=torch.float64).means.dtype == torch.float64
     assert "2 classes" in repr(base)

@@ -8,6 +8,7 @@ from helpers import families
 from torch import nn
 from torch.nn import functional as F
 
+from outlast.errors import OutlastWarning
 from outlast.fewshot import BaseStatistics, SGDLinearClassifier, calibration_report, evaluate_episodes, tune_calibration
 from outlast.fewshot._linear import train_linear
 
@@ -77,6 +78,8 @@ def test_tuning_says_no_where_calibration_hurts():
     assert found.gain.accuracy == 0.0
     with pytest.raises(ValueError, match="too few"):
         tune_calibration(rows[:120], torch.arange(6).repeat_interleave(20), query=5)
+    with pytest.warns(OutlastWarning, match=r"not tried, since 2 base classes are left: .*'k': 3"):
+        tune_calibration(rows[:140], torch.arange(7).repeat_interleave(20), query=5, episodes=2, grid=[{"k": 3, "n_samples": 5}])
 
 
 def test_report_says_whether_supports_fit():

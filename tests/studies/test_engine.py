@@ -20,6 +20,7 @@ import toy_study
 
 from outlast._core._ray import ray_session
 from outlast.cli._progress import QuietProgress
+from outlast.report import write_report
 from outlast.studies import Claim, Metric, Scale, Study, get, names
 from outlast.studies import _run as engine
 from outlast.studies._compute import compute
@@ -213,6 +214,15 @@ def test_a_part_is_shown_once_with_the_most_seeds():
     assert without_repeats(study, [more, plan(seeds=5)]) == [plan(seeds=5)]
     assert without_repeats(study, [plan(seeds=5), more]) == [replace(plan(seeds=5), parts=("adding",)), more]
     assert without_repeats(study, [both]) == [both]
+
+
+def test_parts_without_the_scale_are_named(tmp_path):
+    later = replace(toy_study.PART, name="later", question="And later?", scales={"standard": toy_study.PART.scales["standard"]})
+    study = Study("toy", "", "?", "A, 2021", "t", "tests", (toy_study.PART, later), "toy_study:STUDY")
+    summary = summarise(run(study, plan(), tmp_path, QuietProgress()), "")
+    assert summary.absent == ("later (And later?)",)
+    write_report([summary], tmp_path / "report.html")
+    assert "Not at quick scale: later (And later?)." in (tmp_path / "report.html").read_text()
 
 
 def test_workers_run_what_measures_speed_one_by_one_at_the_end(tmp_path, monkeypatch):

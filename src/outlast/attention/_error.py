@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outlast._core._checks import choice, real
+from outlast._core._precision import full_precision
 from outlast._core._result import Result
 from outlast.attention._arguments import Problem, checked
 from outlast.attention._chunks import HEADROOM
@@ -134,7 +135,9 @@ def attention_error(
         visible = visible.tril()
     if not visible.any():
         raise ValueError("nothing to compare: attn_mask hides every key")
-    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=problem.scale)
+    with full_precision(q.device):
+        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=problem.scale)
+        effective_features = _effective_features(problem, is_causal, feature_map)
     counted = keep.to(work)[:, None, :, None]
     sums, counts = (x.cumsum(2) if is_causal else x.sum(2, keepdim=True) for x in (v, counted))
     uniform = (sums / counts).expand_as(exact)
@@ -152,7 +155,7 @@ def attention_error(
         rel_error=error(ours),
         rel_error_per_head=tuple(_ratio(by_head[0], by_head[1]).tolist()),
         uniform_error=error(uniform),
-        effective_features=_effective_features(problem, is_causal, feature_map),
+        effective_features=effective_features,
         num_features=MAPS[feature_map].num_features(problem.W.shape[-2], q.shape[-1]),
         query_norm=float(q.norm(dim=-1).mean()) * problem.scale**0.5,
         key_norm=float(k.norm(dim=-1)[:, 0][keep].mean()) * problem.scale**0.5,

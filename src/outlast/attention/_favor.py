@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outlast._core._checks import choice, integer
+from outlast._core._precision import full_precision
 from outlast._core._random import generator as derived_generator
 from outlast._core._random import orthogonal_blocks
 from outlast._core._typing import Float
@@ -228,7 +229,8 @@ def favor_attention(
             raise UnsupportedError("the official stabiliser takes one maximum over all keys: it has no state, and only the map 'positive'")
         if not key.shape[-2]:
             return query.new_zeros(problem.shape)
-        q, k = _official_features(problem, eps)
+        with full_precision(query.device):
+            q, k = _official_features(problem, eps)
         run = linear_attention(q, k, problem.v_NLD, problem.W[:1], feature_map="given", denominator="guard", eps=1e-6, **settings)
         return run.out_NGLD.to(query.dtype).reshape(problem.shape)
     before = None

@@ -405,6 +405,10 @@ def run_command(words: Sequence[str]) -> int:
         if show:
             traceback.print_exc()
         return _fail(_os_message(error), FAILURE)
+    except Exception as error:  # of a user's own study, or a defect of ours
+        if show:
+            traceback.print_exc()
+        return _fail(f"{type(error).__name__}: {error} (--traceback shows where)", FAILURE)
     return code if isinstance(code, int) else OK
 
 
@@ -483,6 +487,8 @@ def _print_summary(summary: Summary) -> None:
         console.print(line)
     for failure in summary.failed:
         console.print(Text(f"failed cell: {failure}"))
+    if summary.absent:
+        console.print(Text(f"not at {summary.scale} scale: {', '.join(summary.absent)}"))
     console.print(Text(f"{summary.finished} of {summary.total} cells, {summary.seconds:.0f} s of computation, results in {summary.folder}"))
 
 

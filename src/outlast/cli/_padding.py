@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast._core._extras import require
-from outlast.errors import OutlastWarning
+from outlast.errors import OutlastError, OutlastWarning
 
 if TYPE_CHECKING:
     from outlast.diagnose.padding import PaddingReport, SizeSuggestion
@@ -55,9 +55,13 @@ def read_model(source: str) -> Any:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(kind), name)
+        model = found if isinstance(found, nn.Module) else found()
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"no model at {source!r}: {error}") from error
-    model = found if isinstance(found, nn.Module) else found()
+    except OutlastError:
+        raise
+    except Exception as error:  # whatever a user's module does
+        raise ValueError(f"no model at {source!r}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{source!r} gives a {type(model).__name__}, not a torch.nn.Module")
     return model

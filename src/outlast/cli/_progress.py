@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class RichProgress(QuietProgress):
     def start(self, study: Study, plan: Plan, total: int, finished: int) -> None:
         """Open the display."""
         self._console.print(f"[bold]{study.name}[/bold]: {study.question} ({plan.scale} scale, {total} cells)")
-        self._bars = RichBars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self._console, transient=True
-        )
+        left = TextColumn("left")
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), left
+        self._bars = RichBars(*columns, console=self._console, transient=True, speed_estimate_period=3600.0)  # cells last minutes
         self._study = self._bars.add_task(study.name, total=total, completed=finished)
         self._cell = self._bars.add_task("", total=None, visible=False)
         self._bars.start()
@@ -112,6 +112,11 @@ class RichProgress(QuietProgress):
         """Move the study's bar."""
         if self._bars is not None:
             self._bars.advance(self._study)
+
+    def cell_failed(self, cell: Cell, error: BaseException) -> None:
+        """A line, and the study's bar moves: nothing more comes of this cell."""
+        super().cell_failed(cell, error)
+        self.cell_finished(cell, 0.0)
 
     def note(self, line: str) -> None:
         """A line above the bars."""

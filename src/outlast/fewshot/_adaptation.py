@@ -31,7 +31,7 @@ from outlast._core._random import derived_seed, generator, seeded
 from outlast._core._result import JSON, to_json
 from outlast.errors import DamagedFileError, DivergedError, OutlastWarning, UnsupportedError
 from outlast.fewshot._pseudo_labels import PseudoLabels, pseudo_label, state_digest
-from outlast.fewshot._startup_losses import StartupLoss, StartupLosses
+from outlast.fewshot._startup_losses import StartupLoss, StartupLosses, check_source_targets
 from outlast.fewshot._student import BatchNormPolicy, StartupStudent, TwoViews, split_classifier
 
 RATES = (0.1, 0.05, 0.03, 0.01, 0.005, 0.003, 0.001)
@@ -161,7 +161,7 @@ def adapt_representation(
     Raises:
         ValueError: the target loader yields no batch; no source and a source weight; labels out of range; nothing to train; a
             checkpoint of other pseudo-labels or settings.
-        UnsupportedError: loaders over iterable data sets or with samplers of their own.
+        UnsupportedError: loaders over iterable data sets or with samplers of their own; a sharded strategy of ``fabric``.
         DivergedError: no learning rate gave a finite loss, or training ended in NaN.
     """
     _checks.integer("epochs", epochs, low=1)
@@ -415,6 +415,8 @@ class _Run:
         sums = torch.zeros(4, dtype=torch.float64)
         with _seeded(self.seed, f"epoch {self.data.rank}", self.device, number):
             for source, target in self.data.epoch(number):
+                if source is not None and source[1].device.type == "cpu":
+                    check_source_targets(source[1], self.labels.probs.shape[1])  # a loss on an accelerator does not look
                 x, y = (None, None) if source is None else (self._moved(source[0]), source[1].to(self.device))
                 if x is not None and self.augment is not None:
                     x = self.augment(x)

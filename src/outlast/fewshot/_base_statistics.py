@@ -108,7 +108,8 @@ class BaseStatistics:
             negative: as in ``tukey_transform``, with ``tukey``.
 
         Raises:
-            ValueError: shapes that do not fit, values that are not finite, a class with one feature, too many bytes.
+            ValueError: shapes that do not fit, values that are not finite (in the features, or in the statistics for their
+                ``dtype``), a class with one feature, too many bytes.
         """
         rows = _rows(features, "features")
         members = _members(labels, len(rows))
@@ -143,13 +144,24 @@ class BaseStatistics:
                 found.factors[-1] = _truncated(found.factors[-1], rank)
         return found
 
-    def partial_fit(self, features: Any, labels: Any) -> BaseStatistics:
+    def partial_fit(self, features: Any, labels: Any, *, transformed: bool | None = None, negative: Negative = "raise") -> BaseStatistics:
         """Take in more features; classes may be new or known.
 
+        Args:
+            features: ``(N, d)``, tensor or array.
+            labels: ``(N,)``: integers or any hashable names.
+            transformed: with a power (``tukey`` other than 1), whether these features were brought through it already; False
+                transforms them here. It must be said then, since a mixture of both would go unnoticed.
+            negative: as in ``tukey_transform``, with ``transformed=False``.
+
         Raises:
-            ValueError: shapes that do not fit, values that are not finite.
+            ValueError: shapes that do not fit, values that are not finite, ``transformed`` missing.
         """
         rows = _rows(features, "features")
+        if self.tukey != 1.0 and transformed is None:
+            raise ValueError(f"the statistics have tukey={self.tukey:g}: say transformed=True or False of these features")
+        if self.tukey != 1.0 and not transformed:
+            rows = tukey_transform(rows, self.tukey, negative=negative)
         if rows.shape[1] != self.dim:
             raise ValueError(f"features have width {rows.shape[1]}, the statistics {self.dim}")
         members = _members(labels, len(rows))
@@ -187,6 +199,7 @@ class BaseStatistics:
             self.counts = torch.cat([self.counts, torch.tensor([count])])
             self.means = torch.cat([self.means, mean.to(self.dtype)[None]])
             self.factors.append(_compact(factor).to(self.dtype))
+            self._check_finite(len(self) - 1)
             return
         place = self.labels.index(name)
         old, total = int(self.counts[place]), int(self.counts[place]) + count
@@ -196,6 +209,7 @@ class BaseStatistics:
         self.counts[place] = total
         self.means[place] = (before + (mean - before) * (count / total)).to(self.dtype)
         self.factors[place] = _compact(torch.cat(scatter) / math.sqrt(max(1, total - 1))).to(self.dtype)
+        self._check_finite(place)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -257,6 +271,7 @@ class BaseStatistics:
         Raises:
             FileNotFoundError: there is no such file.
             DamagedFileError: it is no such file.
+            ValueError: statistics that are not finite.
         """
         with load_arrays(path, _VERSION, "base statistics") as file:
             about: dict[str, Any] = json.loads(str(file["about"]))
@@ -266,7 +281,14 @@ class BaseStatistics:
             found.counts = torch.from_numpy(file["counts"])
             found.means = _tensor(file["means"], dtype)
             found.factors = [_tensor(file[f"factor_{number}"], dtype) for number in range(len(found.labels))]
+        for number in range(len(found)):
+            found._check_finite(number)
         return found
+
+    def _check_finite(self, number: int) -> None:
+        """One entry would get into every distance, through the centre of all means."""
+        if not (torch.isfinite(self.means[number]).all() and torch.isfinite(self.factors[number]).all()):
+            raise ValueError(f"the statistics of base class {self.labels[number]!r} hold NaN or infinity in {self.dtype}")
 
     def __repr__(self) -> str:
         size = f"{self.nbytes / 1e6:.1f} MB"

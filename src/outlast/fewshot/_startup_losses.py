@@ -332,6 +332,14 @@ class SoftDistillationLoss(nn.Module):
         return soft_distillation(student_logits, teacher_probs, reduction=self.reduction)
 
 
+def check_source_targets(targets: Tensor, classes: int) -> None:
+    """Refuse labels outside of the classes, and rows that are no distribution; a loss on a GPU would skip or crash on them."""
+    if targets.numel() and targets.is_floating_point():
+        check_distributions(targets, "source_targets")
+    elif targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= classes):
+        raise ValueError(f"source labels must lie in [0, {classes}), got {int(targets.min())} to {int(targets.max())}")
+
+
 def _source_loss(logits: Tensor, targets: Tensor) -> Tensor:
     soft = targets.is_floating_point()
     if targets.dtype == torch.bool or targets.shape != (logits.shape if soft else logits.shape[:1]):
@@ -339,11 +347,8 @@ def _source_loss(logits: Tensor, targets: Tensor) -> Tensor:
             f"source_targets are classes (B,) of integers or probabilities (B, K), got {targets.dtype} of shape {tuple(targets.shape)} "
             f"for logits {tuple(logits.shape)}"
         )
-    if targets.numel() and targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        if soft:
-            check_distributions(targets, "source_targets")
-        elif int(targets.min()) < 0 or int(targets.max()) >= logits.shape[-1]:
-            raise ValueError(f"source labels must lie in [0, {logits.shape[-1]}), got {int(targets.min())} to {int(targets.max())}")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_source_targets(targets, logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
         full = _full(logits)
         return F.cross_entropy(full, targets.to(full.dtype) if soft else targets.long())

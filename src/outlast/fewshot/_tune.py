@@ -98,6 +98,9 @@ def tune_calibration(
 
     Raises:
         ValueError: too few classes to hold ``way`` of them out and keep two.
+
+    Warns:
+        OutlastWarning: a setting has more neighbours than base classes are left, and is not tried.
     """
     rows = torch.as_tensor(base_features)
     labels = torch.as_tensor(base_labels)
@@ -119,6 +122,10 @@ def tune_calibration(
             if bent not in statistics:
                 statistics[bent] = _statistics(rows[~novel], labels[~novel], bent, signed=signed)
             if own.get("k", 2) > len(statistics[bent]):
+                left = len(statistics[bent])
+                warnings.warn(f"not tried, since {left} base classes are left: {settings}", OutlastWarning, stacklevel=2)
+                if progress is not None:
+                    progress(number + 1, len(entries))
                 continue
             own["base"] = statistics[bent]
         with warnings.catch_warnings():

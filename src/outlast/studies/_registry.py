@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from outlast.errors import OutlastError
 from outlast.studies._design import Study
 
 # One line a study, in the order in which the demo runs them.
@@ -72,6 +73,10 @@ def _from_module(origin: str) -> Study:
         study = getattr(importlib.import_module(module_name), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"no study at {origin!r}: {error}") from error
+    except OutlastError:
+        raise
+    except Exception as error:  # whatever a user's module does when it is imported
+        raise ValueError(f"no study at {origin!r}: {type(error).__name__}: {error}") from error
     if not isinstance(study, Study):
         raise ValueError(f"{origin!r} is a {type(study).__name__}, not a Study")
     return study

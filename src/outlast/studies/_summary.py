@@ -52,7 +52,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A study's outcome at one scale, or why it was not run."""
+    """A study's outcome at one scale, or why it was not run; ``absent`` parts do not have this scale."""
 
     name: str
     title: str
@@ -66,6 +66,7 @@ class Summary:
     folder: str = ""
     command: str = ""
     parts: tuple[PartSummary, ...] = ()
+    absent: tuple[str, ...] = ()
     finished: int = 0
     total: int = 0
     failed: tuple[str, ...] = ()
@@ -138,6 +139,7 @@ def summarise(run: Run, command: str) -> Summary:
         folder=str(run.folder),
         command=command,
         parts=tuple(_summarise_part(part, run) for part in parts),
+        absent=tuple(f"{part.name} ({part.question})" for part in run.study.parts if run.plan.scale not in part.scales),
         finished=len(run.records),
         total=len(run.cells),
         failed=tuple(f"{cell}: {reason}" for cell, reason in run.failed),
