@@ -216,13 +216,21 @@ def test_first_step_is_the_gradient_of_the_mean_entropy():
 
 
 def test_first_adam_step_moves_each_coordinate_by_the_rate():
-    adapter = Tent(net(), lr=1e-3)
+    model, x = net().double(), stream(1)[0].double()
+    adapter = Tent(model, lr=1e-3)
     start = values(adapter)
-    x = stream(1)[0]
+    reference = copy.deepcopy(model)
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.train()
+    grads = torch.autograd.grad(entropy(reference(x)), [dict(reference.named_parameters())[name] for name in start])
     adapter(x)
-    for name, before in start.items():
-        moved = (adapter.adapted[name].detach() - before).abs()
-        assert float(moved.median()) == pytest.approx(1e-3, rel=1e-2)
+    large = 0
+    for (name, before), grad in zip(start.items(), grads, strict=True):
+        moved, counted = adapter.adapted[name].detach() - before, grad.abs() > 1e-4  # far above Adam's eps of 1e-8
+        large += int(counted.sum())
+        torch.testing.assert_close(moved[counted], -1e-3 * grad[counted].sign(), rtol=1e-4, atol=0)
+    assert large > 0.8 * sum(grad.numel() for grad in grads)
 
 
 def test_prediction_before_is_norms_and_after_is_a_second_forward():

@@ -12,6 +12,7 @@ import torch
 from helpers import Tiny, cross_entropy, mlp, same, snapshot, token_batches
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from outlast.continual import GradientProjectionMemory, continual_metrics
 from outlast.errors import OutlastWarning, StateError
@@ -143,6 +144,27 @@ def test_every_optimizer_is_constrained(optimizer):
         made.step(closure)
     assert float((model(old).detach() - before).abs().max()) < 1e-5
     assert not same(start, snapshot(model))
+
+
+def test_an_average_of_weights_is_protected_within_a_task_and_not_across_its_beginning():
+    model = mlp()
+    old, new = (torch.randn(3, 4, generator=rng(seed)) for seed in (1, 2))
+    memory = GradientProjectionMemory(model, threshold=1.0)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    memory.attach(optimizer)
+    spanning = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    spanning.update_parameters(model)  # the first takes the weights as they are
+    train(model, optimizer, old, steps=10)
+    memory.consolidate([old])
+    before, start = model(old).detach(), snapshot(model)
+    own = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(10):
+        train(model, optimizer, new, steps=1)
+        for average in (own, spanning):
+            average.update_parameters(model)
+    assert float((own.module(old).detach() - before).abs().max()) < 1e-5
+    assert not same(start, snapshot(own.module))
+    assert float((spanning.module(old).detach() - before).abs().max()) > 1e-3
 
 
 def test_anchor_equals_projecting_every_step():

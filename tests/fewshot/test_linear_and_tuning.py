@@ -43,6 +43,12 @@ def test_linear_evaluation_learns_whatever_the_batch():
     found = [evaluate_episodes(SGDLinearClassifier(epochs=20), nx, ny, shot=3, episodes=10, batch_size=size) for size in (10, 3)]
     assert torch.equal(found[0].per_episode, found[1].per_episode)
     assert found[0].accuracy > 0.6
+    rows, labels = torch.eye(8).repeat_interleave(20, 0), torch.arange(8).repeat_interleave(20)
+    rows = 5.0 * rows + 0.1 * torch.randn(160, 8, generator=rng())
+    assert evaluate_episodes(SGDLinearClassifier(), rows, labels, episodes=20).accuracy == 1.0
+    mixed = labels[torch.randperm(160, generator=rng(1))]
+    chance = evaluate_episodes(SGDLinearClassifier(), rows, mixed, episodes=200)
+    assert abs(chance.accuracy - 0.2) < 3 * chance.ci95
     with pytest.raises(ValueError, match="lr must be"):
         SGDLinearClassifier(lr=0.0).fit(nx[:4], [0, 0, 1, 1])
 
