@@ -162,6 +162,40 @@ def ddp_run(rank: int, count: int) -> dict[str, Any]:
     return result
 
 
+def padding_run(rank: int, count: int) -> dict[str, Any]:
+    """Audits of a network with skips, whole and sharded; the second one looks at its data, so it runs on zeros."""
+    import warnings
+
+    import torchvision
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from outlast.diagnose import padding
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.conv(x)
+            return out if bool((out == out).all()) else x
+
+    same: dict[str, Any] = {}
+    for name, build in {"resnet18": lambda: torchvision.models.resnet18(weights=None), "looking": Looking}.items():
+        model = build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            own = padding.audit(model, (3, 64, 64)).to_dict()
+            for layer in list(model.children())[:2]:
+                fully_shard(layer, mesh=init_device_mesh("cpu", (count,)))
+            fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
+            sharded = padding.audit(model, (3, 64, 64)).to_dict()
+        out = model(torch.ones(1, 3, 64, 64))  # it still gathers its weights
+        same[name] = sharded == own and bool(torch.isfinite(out).all())
+    return same
+
+
 def dimension_run(rank: int, count: int) -> dict[str, Any]:
     from outlast.diagnose import dimension
 

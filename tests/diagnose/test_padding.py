@@ -220,6 +220,29 @@ def test_wrapped_models_and_their_state_are_left_alone():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+def test_sharded_models_are_audited_as_whole_ones(tmp_path):
+    from helpers import in_processes, padding_run
+
+    assert in_processes(padding_run, tmp_path) == [{"resnet18": True, "looking": True}] * 2
+
+
+def test_flags_come_back_after_a_failure():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 9)).train()
+    model[1].eval()
+    with pytest.raises(ValueError, match="smaller than a window"):
+        padding.audit(model, (3, 8, 8))
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch speaks of leaving quantised tensors
+def test_quantised_convolutions_are_refused():
+    from torch.ao.nn.quantized import Conv2d
+
+    with pytest.raises(UnsupportedError, match="layer '0' is a quantised convolution"):
+        padding.convert(nn.Sequential(Conv2d(3, 4, 3, padding=1)), "symmetric")
+
+
 def test_models_that_need_data_run_on_zeros():
     class Looks(nn.Module):
         def __init__(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 
@@ -19,6 +20,7 @@ from outlast.fewshot import (
     nt_xent,
     soft_distillation,
 )
+from outlast.robust import SAM
 
 
 def rng(seed=0):
@@ -279,3 +281,42 @@ def test_losses_compile_without_breaks():
         return contrast(a, b, temperature=0.5) + distill(a, p)
 
     torch.testing.assert_close(torch.compile(loss, backend="aot_eager", fullgraph=True)(z1, z2, probs), loss(z1, z2, probs))
+
+
+# ---- in a loop of one's own -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_with_sam_perturbs_all_three_terms():
+    torch.manual_seed(0)
+    backbone, head = nn.Sequential(nn.Linear(5, 16), nn.ReLU()), nn.Linear(16, 3)
+    x, views = torch.randn(8, 5), torch.randn(2, 8, 5)
+    y, probs = torch.randint(0, 3, (8,)), torch.randn(8, 3).softmax(1)
+    loss = StartupLoss(0.5)
+
+    def trained(sharp):
+        student = StartupStudent.from_teacher(copy.deepcopy(backbone), 3, 16, 8, copy_head=head)
+        base = torch.optim.SGD(student.parameters(), lr=0.1)
+        optimizer = SAM(base, rho=0.1) if sharp else base
+
+        def closure():
+            optimizer.zero_grad()
+            logits, target, projections = student(x, views)
+            total = loss(logits, y, target, probs, projections).total
+            total.backward()
+            return total
+
+        start = float(closure().detach())
+        optimizer.zero_grad()
+        for _ in range(10):
+            optimizer.step(closure)
+        return student, start, float(closure().detach())
+
+    torch.manual_seed(1)
+    student, start, end = trained(sharp=True)
+    torch.manual_seed(1)
+    plain, _, _ = trained(sharp=False)
+    assert end < start
+    assert student.projector is not None
+    for module in ("backbone", "head", "projector"):
+        pairs = zip(getattr(student, module).parameters(), getattr(plain, module).parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs), module

@@ -244,18 +244,18 @@ def planted(D, *, seed, n=1000):
 
 
 @pytest.mark.parametrize("D", [2, 16])
+@pytest.mark.filterwarnings("ignore:restarts agree little")
 def test_planted_split_is_recovered(D):
     agreements = []
     for seed in range(3):
         f, z, y, minority = planted(D, seed=seed)
         with torch.random.fork_rng():
-            found = infer_groups(f, z, y, restarts=5, generator=rng(seed))
+            found = infer_groups(f, z, y, generator=rng(seed))
         agreements.append(float((found.groups == minority.long()).double().mean()))
         for entry in found.classes:
             assert entry.split
             assert entry.losses[1] >= entry.losses[0]
-    assert min(agreements) >= 0.95
-    assert sum(agreements) / 3 >= 0.98
+    assert min(agreements) >= 0.98
     by_loss = infer_groups(f, z, y, method="loss")
     assert float((by_loss.groups == minority.long()).double().mean()) >= 0.98
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from outlast._core._distributed import unwrapped
+from outlast._core._foreach import is_sharded, whole
 from outlast._core._norm import eval_mode
 from outlast.diagnose.padding._pad import _Partial, watching_pads
 from outlast.errors import OutlastWarning, UnsupportedError
@@ -85,7 +86,26 @@ def _without_memory(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, shared)
     except Exception:  # sharded modules refuse to be copied
-        return model
+        return _unsharded(model, {}) if torch.distributed.is_available() else model
+
+
+def _unsharded(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The modules without FSDP2's hooks, which gather what they hold, with the same tensors."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if module in known:
+        return known[module]
+    kind: Any = type(module)
+    if issubclass(kind, FSDPModule):
+        kind = kind.__mro__[2]  # fully_shard put a class of its own and FSDPModule in front of the user's
+    found = known[module] = kind.__new__(kind)
+    found.__dict__ = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in module.__dict__.items()}
+    for name, child in module._modules.items():
+        found._modules[name] = None if child is None else _unsharded(child, known)
+    for hooks in (found._forward_pre_hooks, found._forward_hooks):
+        for number in [number for number, hook in hooks.items() if type(getattr(hook, "__self__", None)).__name__ == "FSDPState"]:
+            del hooks[number]
+    return found
 
 
 _Running = tuple[nn.Module, Tensor | None]  # a module and its first input
@@ -432,7 +452,14 @@ def trace(
         weights: dict[str, Tensor] = {}
         for name, value in (*runner.named_parameters(), *runner.named_buffers()):
             # Copies on the CPU: the model may be on another device, and a real pass may write into buffers.
-            weights[name] = torch.empty_like(value, device="meta") if device == "meta" else value.detach().to("cpu", copy=True)
+            if device == "meta":
+                weights[name] = (
+                    torch.empty(value.shape, dtype=value.dtype, device=device)
+                    if is_sharded(value)
+                    else torch.empty_like(value, device=device)
+                )
+            else:
+                weights[name] = whole(value.detach()).to("cpu", copy=True)
         rest = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args or ()]
         named = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in (kwargs or {}).items()}
         with torch.no_grad(), eval_mode(runner), torch.random.fork_rng(devices=[]), _running_modules(stack, names):
