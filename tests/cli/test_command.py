@@ -13,6 +13,7 @@ import time
 import webbrowser
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy_study
@@ -48,6 +49,24 @@ def refused(capsys, monkeypatch):
         assert told.out == ""
         assert len(told.err.strip().splitlines()) == 1
         return code, told.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def inside(capsys, monkeypatch):
+    """``outlast`` in this process, for what needs no process of its own: a start costs seconds."""
+    monkeypatch.syspath_prepend(str(TESTS))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*words, **env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        code = run_command([*map(str, words)])
+        told = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=told.out, stderr=told.err)
 
     yield run
     signal.signal(signal.SIGTERM, before)
@@ -117,8 +136,8 @@ def test_things_to_read_are_read(words):
     assert done.stderr == ""
 
 
-def test_json_is_the_only_thing_on_standard_output(tmp_path):
-    done = toy(tmp_path, "--json")
+def test_json_is_the_only_thing_on_standard_output(tmp_path, inside):
+    done = inside("run", "toy_study:STUDY", "--accelerator", "cpu", "--out", tmp_path, "--json")
     assert done.returncode == 0
     content = json.loads(done.stdout)
     assert content["study"] == "toy"
@@ -126,8 +145,8 @@ def test_json_is_the_only_thing_on_standard_output(tmp_path):
     assert "[6/6]" in done.stderr
 
 
-def test_quiet_says_nothing_on_standard_error(tmp_path):
-    done = toy(tmp_path, "--quiet")
+def test_quiet_says_nothing_on_standard_error(tmp_path, inside):
+    done = inside("run", "toy_study:STUDY", "--accelerator", "cpu", "--out", tmp_path, "--quiet")
     assert done.stderr == ""
     assert "holds" in done.stdout
 
@@ -226,37 +245,35 @@ def test_the_wheel_needs_torch_and_numpy_alone(tmp_path):
     assert str(tmp_path) in done.stdout
 
 
-def test_report_collects_a_folder(tmp_path):
-    toy(tmp_path, "--quiet")
-    done = outlast("report", tmp_path)
+def test_report_collects_a_folder(tmp_path, inside):
+    inside("run", "toy_study:STUDY", "--accelerator", "cpu", "--out", tmp_path, "--quiet")
+    done = inside("report", tmp_path)
     assert done.returncode == 0
     assert Path(done.stdout.strip()) == tmp_path / "report.html"
     assert "Does it run?" in (tmp_path / "report.html").read_text()
-    empty = outlast("report", tmp_path / "empty")
+    empty = inside("report", tmp_path / "empty")
     assert empty.returncode == 1
     assert "no results" in empty.stderr
 
 
-def test_report_shows_two_runs_that_share_a_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(TESTS))
+def test_report_shows_two_runs_that_share_a_folder(tmp_path, inside, monkeypatch):
     opened = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
-    words = ["run", "toy_study:STUDY", "--accelerator", "cpu", "--quiet", "--out", str(tmp_path)]
-    assert run_command(words) == 0
-    assert run_command([*words, "--set", "base=2", "--seeds", "4"]) == 0
-    capsys.readouterr()
-    assert run_command(["report", str(tmp_path), "--open"]) == 0
+    words = ["run", "toy_study:STUDY", "--accelerator", "cpu", "--quiet", "--out", tmp_path]
+    assert inside(*words).returncode == 0
+    assert inside(*words, "--set", "base=2", "--seeds", "4").returncode == 0
+    assert inside("report", tmp_path, "--open").returncode == 0
     page = (tmp_path / "report.html").read_text()
     assert page.count("outlast run toy_study:STUDY") == 2
     assert "--set base=2" in page
     assert opened == [(tmp_path / "report.html").as_uri()]
 
 
-def test_report_leaves_out_a_damaged_manifest(tmp_path):
-    toy(tmp_path, "--quiet")
+def test_report_leaves_out_a_damaged_manifest(tmp_path, inside):
+    inside("run", "toy_study:STUDY", "--accelerator", "cpu", "--out", tmp_path, "--quiet")
     (tmp_path / "toy" / "standard").mkdir()
     (tmp_path / "toy" / "standard" / "run.json").write_text("{")
-    done = outlast("report", tmp_path)
+    done = inside("report", tmp_path)
     assert done.returncode == 0
     assert "left out" in done.stderr
 
@@ -329,7 +346,7 @@ def test_core_needs_torch_and_numpy_alone():
     subprocess.run([sys.executable, "-c", code, EXTRAS, *methods], check=True)
 
 
-def test_dimension_of_a_data_set_a_file_and_a_folder(tmp_path):
+def test_dimension_of_a_data_set_a_file_and_a_folder(tmp_path, inside):
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -342,13 +359,13 @@ def test_dimension_of_a_data_set_a_file_and_a_folder(tmp_path):
         image_module.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).save(tmp_path / "images" / f"{number}.png")
     found = {}
     for name in ("rows.npy", "rows.npz", "images"):
-        done = outlast("diagnose", "dimension", tmp_path / name, "--k", "3,10", "--json")
+        done = inside("diagnose", "dimension", tmp_path / name, "--k", "3,10", "--json")
         assert (done.returncode, done.stderr) == (0, "")
         found[name] = json.loads(done.stdout)
     assert found["rows.npy"] == found["rows.npz"]
     assert found["rows.npy"]["value"] == pytest.approx(4, rel=0.15)
     assert found["images"]["n"] == 120
-    done = outlast("diagnose", "dimension", "mnist", "--anchors", "200", "--figure", tmp_path / "a" / "figure.svg", OUTLAST_DATA="")
+    done = inside("diagnose", "dimension", "mnist", "--anchors", "200", "--figure", tmp_path / "a" / "figure.svg", OUTLAST_DATA="")
     assert done.returncode == 0
     assert "200 anchors among 10,000 distinct rows" in done.stdout
     assert "</svg>" in (tmp_path / "a" / "figure.svg").read_text()
@@ -389,25 +406,26 @@ def test_dimension_mistakes_are_one_line(tmp_path, words, code, says, refused):
     assert says in told
 
 
-def test_padding_names_what_leans_and_where_nothing_does(tmp_path):
-    done = outlast("diagnose", "padding", "torchvision:resnet18", "--suggest", "2", "--foveation", tmp_path / "reach.svg")
+def test_padding_names_what_leans_and_where_nothing_does(tmp_path, inside, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = inside("diagnose", "padding", "torchvision:resnet18", "--suggest", "2", "--foveation", tmp_path / "reach.svg")
     assert (done.returncode, done.stderr) == (0, "")
     assert "16 of 42 layers and axes lean; last map off centre by -31, -31 px" in done.stdout
     assert "layer4.0.downsample.0  conv      h+w" in done.stdout
     assert "size 225x225: clean, 1.01 of the pixels" in done.stdout
     assert "</svg>" in (tmp_path / "reach.svg").read_text()
     fails = ("diagnose", "padding", "torchvision:resnet18", "--fail-on", "skew")
-    assert outlast(*fails).returncode == 1
-    assert outlast(*fails, "--limit", "16").returncode == 0
-    assert outlast(*fails, "--size", "225x257").returncode == 0
+    assert inside(*fails).returncode == 1
+    assert inside(*fails, "--limit", "16").returncode == 0
+    assert inside(*fails, "--size", "225x257").returncode == 0
     lost = "from torch import nn\nmodel = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 1, 1))\n"
     (tmp_path / "lost.py").write_text(lost)
-    done = outlast(*("diagnose", "padding", "lost:model", "--channels", "1", "--fail-on", "skew"), PYTHONPATH=str(tmp_path))
+    done = inside(*("diagnose", "padding", "lost:model", "--channels", "1", "--fail-on", "skew"))
     assert done.returncode == 1
     assert "not judged: layer '1'" in done.stdout
     (tmp_path / "mine.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(1, 1, 3, 2, 1)\nmodel = build()\n")
     for name in ("build", "model"):
-        done = outlast("diagnose", "padding", f"mine:{name}", "--size", "9", "--channels", "1", "--json", PYTHONPATH=str(tmp_path))
+        done = inside("diagnose", "padding", f"mine:{name}", "--size", "9", "--channels", "1", "--json")
         found = json.loads(done.stdout)
         assert found["report"]["grid_skew_px"] == [0.0, 0.0]
         assert found["suggestions"] == []
