@@ -299,7 +299,7 @@ def tent_run(rank: int, count: int) -> dict[str, Any]:
         adapter = Tent(model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), stats=stats)
         for batch in batches(4, size=16):
             adapter(_shard(batch, rank, count)[0])
-        result[stats] = [*snapshot(adapter.model), adapter(_shard(batches(5, size=16)[4], 0, 1)[0])]
+        result[stats] = snapshot(adapter.model)
     return result
 
 
