@@ -296,10 +296,16 @@ def tent_run(rank: int, count: int) -> dict[str, Any]:
     for stats in ("ema", "blend"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.SyncBatchNorm(8), nn.Tanh(), nn.Linear(8, 3))
-        adapter = Tent(model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), stats=stats)
+        adapter = Tent(model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), stats=stats, min_batch=2)
         for batch in batches(4, size=16):
             adapter(_shard(batch, rank, count)[0])
         result[stats] = snapshot(adapter.model)
+        if count > 1 and rank == 0:
+            adapter.predict(batches(1, size=16)[0][0])  # nobody else is asked
+        if count > 1:
+            adapter(batches(1, size=16)[0][0][: 1 + 15 * rank])  # too small for one, so nothing is learnt
+            result[f"{stats} after"] = snapshot(adapter.model)
+            result[f"{stats} running"] = [value for pair in adapter._statistics.to_state() or [] for value in pair]
     return result
 
 

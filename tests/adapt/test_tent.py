@@ -867,7 +867,7 @@ def test_a_gradient_that_overflows_changes_nothing():
         value = entropy(logits, reduction="none")
         return value + (value - value.detach()).sqrt() if steep else value
 
-    model, good, bad = net(LN), stream(2), stream(1)[0]
+    model, good, bad = net(LN), stream(4), stream(1)[0]
     adapter, twin = (quiet(Tent, model, lr=0.01, guards=[RedundancyFilter(0.999)], loss=loss) for _ in range(2))
     steep = True
     adapter(bad)
@@ -875,6 +875,8 @@ def test_a_gradient_that_overflows_changes_nothing():
     assert [event for _, event in adapter.report.events] == ["nonfinite"]
     for batch in good:
         assert torch.equal(adapter(batch), twin(batch))
+    assert same_state(values(adapter), values(twin))
+    assert torch.equal(*(each._guards[0].state_dict()["mean"] for each in (adapter, twin)))
 
 
 def test_ten_bad_batches_in_a_row_are_said():

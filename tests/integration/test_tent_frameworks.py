@@ -145,7 +145,11 @@ def test_compiled_model_is_compiled_a_bounded_number_of_times():
 
 def test_two_processes_equal_one(tmp_path):
     halves = helpers.in_processes(helpers.tent_run, tmp_path)
-    assert helpers.same(halves[0]["plain"], halves[1]["plain"])
+    for name in halves[0]:
+        assert helpers.same(halves[0][name], halves[1][name]), name
+    for stats in ("ema", "blend"):
+        assert helpers.same(halves[0][stats], halves[0][f"{stats} after"])
+    assert halves[0]["ema running"]
     whole = helpers.tent_run(0, 1)
     for name in ("plain", "guarded", "ema", "blend"):  # the latter two by SyncBatchNorm
         for ours, alone in zip(halves[0][name], whole[name], strict=True):

@@ -71,7 +71,8 @@ class TestTimeAdapter(nn.Module):
 
     With ``torch.distributed`` initialised, gradients and the guards' sums are added up over the processes, weighted by
     the rows used, and every process must make the same number of calls. The result on a split batch is that of one
-    process where layers do not see the batch (LayerNorm) or share it (SyncBatchNorm); local BatchNorm equals it in expectation.
+    process where layers do not see the batch (LayerNorm) or share it (SyncBatchNorm; with ``"ema"`` and ``"blend"`` wherever all
+    processes mix, not in ``predict`` and beside a process whose batch is too small); local BatchNorm equals it in expectation.
 
     Args:
         model: gives logits of shape ``(B, C, ...)``; copied unless ``inplace``.
@@ -389,24 +390,27 @@ class TestTimeAdapter(nn.Module):
         mode = self._mode_for(feed)
         willing = feed.adapt and feed.settled and not small and self._steps > 0 and not counters.frozen
         # all processes take a step or none: a collective that some skip would never end
-        count, smalls = self.all_sum(torch.tensor([float(willing), float(small)], device=self._device)).tolist()
+        mixing = mode in ("ema", "blend")
+        votes = torch.tensor([float(willing), float(small), float(mixing)], device=self._device)
+        count, smalls, mixers = self.all_sum(votes).tolist()
         adapting = count == world_size()
         if feed.adapt and not adapting and (self._steps > 0 or small):
             counters.skipped += 1
         output: Any = None
         fine = True
-        for step in range(self._steps if adapting else 1):
-            output, logits = self._run(feed, mode, grad=adapting)
-            if adapting:
-                fine = self._update(logits, first=step == 0)
-                if not fine:
-                    break
-            elif not small:
-                fine = self._is_fine(logits)
-        if fine and feed.adapt and not small:
-            self._statistics.commit()  # once a batch, whatever the steps; of a buffer, once it is new
-        if adapting and fine and self._after:
-            output, _ = self._run(feed, mode, grad=False)
+        with self._statistics.together(all_mix=mixers == world_size()):
+            for step in range(self._steps if adapting else 1):
+                output, logits = self._run(feed, mode, grad=adapting)
+                if adapting:
+                    fine = self._update(logits, first=step == 0)
+                    if not fine:
+                        break
+                elif not small:
+                    fine = self._is_fine(logits)
+            if fine and feed.adapt and not small:
+                self._statistics.commit()  # once a batch, whatever the steps; of a buffer, once it is new
+            if adapting and fine and self._after:
+                output, _ = self._run(feed, mode, grad=False)
         self._statistics.discard()
         output = _newest(_detached(output), feed)
         if smalls == 0:

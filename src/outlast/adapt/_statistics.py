@@ -37,6 +37,7 @@ class Statistics:
         self.layers = [module for module in model.modules() if isinstance(module, _NormBase) and has_running_statistics(module)]
         self._now: Mode = mode
         self._fixed = False
+        self._together = False
         self._running: list[tuple[Tensor, Tensor]] | None = None
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
         if mode in ("ema", "blend"):
@@ -68,6 +69,18 @@ class Statistics:
             self._running = [(_mean(layer).clone(), _var(layer).clone()) for layer in self.layers]
         return self._running
 
+    @contextmanager
+    def together(self, *, all_mix: bool) -> Generator[None]:
+        """Let SyncBatchNorm's mixed statistics be those of all processes in the passes inside, if all of them mix there.
+
+        Elsewhere (a process that predicts by itself, or whose batch is too small) they are the process's own: the others would wait.
+        """
+        self._together = all_mix and world_size() > 1
+        try:
+            yield
+        finally:
+            self._together = False
+
     def commit(self) -> None:
         """Let the running estimate take in the batch that went through."""
         for number, pair in self._pending.items():
@@ -95,14 +108,16 @@ class Statistics:
         if self._now == "ema" and self._fixed:
             mean, var = (value.to(h) for value in self.running[number])
         else:
-            var_b, mean_b, rows = _batch_statistics(layer, h)
+            shared = isinstance(layer, nn.SyncBatchNorm) and world_size() > 1
+            var_b, mean_b, rows = _batch_statistics(layer, h, together=shared and self._together)
             if self._now == "blend":
                 share = rows / (self.prior + rows)
                 mean, var = torch.lerp(mean_s, mean_b, share), torch.lerp(var_s, var_b, share)
             else:
                 pairs = zip(self.running[number], (mean_b, var_b), strict=True)
                 mean, var = (torch.lerp(old.to(h), new, self.momentum) for old, new in pairs)
-                self._pending[number] = (mean.detach(), var.detach())
+                if self._together or not shared:  # the running estimate stays the same in all processes
+                    self._pending[number] = (mean.detach(), var.detach())
         scale = torch.sqrt((var_s + layer.eps) / (var + layer.eps))
         return ((h - mean.view(shape)) * scale.view(shape) + mean_s.view(shape)).to(x.dtype)
 
@@ -143,13 +158,13 @@ class _Mixing:
         return (self._statistics.mixed(self._number, inputs[0]), *inputs[1:])
 
 
-def _batch_statistics(layer: _NormBase, h: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Biased variance and mean of the channels, and the rows that they are of: for SyncBatchNorm those of all processes."""
+def _batch_statistics(layer: _NormBase, h: Tensor, *, together: bool) -> tuple[Tensor, Tensor, float]:
+    """Biased variance and mean of the channels, and the rows that they are of: this process's, or those of all."""
     places = [0, *range(2, h.ndim)]
-    if not isinstance(layer, nn.SyncBatchNorm) or world_size() == 1:
+    if not together:
         var, mean = torch.var_mean(h, places, correction=0)
         return var, mean, float(len(h))
-    group = layer.process_group
+    group: Any = getattr(layer, "process_group", None)
     own = h.new_tensor([len(h), h.numel() / h.shape[1]])
     torch.distributed.all_reduce(own, group=group)
     rows, count = own.tolist()
