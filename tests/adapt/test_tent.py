@@ -867,7 +867,7 @@ def test_a_gradient_that_overflows_changes_nothing():
         value = entropy(logits, reduction="none")
         return value + (value - value.detach()).sqrt() if steep else value
 
-    model, good, bad = net(LN), stream(4), stream(1)[0]
+    model, (bad, *good) = net(LN), stream(5)
     adapter, twin = (quiet(Tent, model, lr=0.01, guards=[RedundancyFilter(0.999)], loss=loss) for _ in range(2))
     steep = True
     adapter(bad)
