@@ -187,9 +187,9 @@ def padding_run(rank: int, count: int) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             own = padding.audit(model, (3, 64, 64)).to_dict()
-            for layer in list(model.children())[:2]:
-                fully_shard(layer, mesh=init_device_mesh("cpu", (count,)))
-            fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
+            mesh = init_device_mesh("cpu", (count,))
+            fully_shard(list(model.children())[:2], mesh=mesh)  # a group, whose hooks are functions
+            fully_shard(model, mesh=mesh)
             sharded = padding.audit(model, (3, 64, 64)).to_dict()
         out = model(torch.ones(1, 3, 64, 64))  # it still gathers its weights
         same[name] = sharded == own and bool(torch.isfinite(out).all())
@@ -207,13 +207,29 @@ def dimension_run(rank: int, count: int) -> dict[str, Any]:
     net = nn.Linear(6, 4)
     nn.init.eye_(net.weight)
     nn.init.zeros_(net.bias)
-    try:
-        dimension.estimate(own, k=5)
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
+    refused: list[str] = []
+    inside = data.clone()
+    inside[200] += rank  # neither the first nor the last row
+    for other in (own, inside):
+        try:
+            dimension.estimate(other, k=5)
+        except ValueError as error:
+            refused.append(str(error))
+    alone = dimension.Metric(k=(5, 10))
+    if rank == 0:
+        alone.update(data)  # the others have seen nothing
+    few = dimension.Metric(100, k=(5, 10))
+    few.update(data[:300] if rank == 0 else data[300:])
     layer = dimension.by_layer(net, own.split(50), [""], k=(5, 10))[""]
-    return {"estimate": whole.value, "se": whole.se, "metric": metric.compute().value, "layer": layer.value, "refused": refused}
+    return {
+        "estimate": whole.value,
+        "se": whole.se,
+        "metric": metric.compute().value,
+        "alone": alone.compute().value,
+        "few": (few.compute().n, few.compute().value),
+        "layer": layer.value,
+        "refused": refused,
+    }
 
 
 def _trained_by_mixin(rank: int, count: int) -> list[Tensor]:

@@ -57,11 +57,6 @@ def gather(value: object) -> list[Any]:
     return found
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of every process, ``(n_1 + n_2 + ..., ...)``, where ``rows`` lie."""
-    return rows if world_size() == 1 else torch.cat(gather(rows.cpu())).to(rows.device)
-
-
 def spread_buffers(module: nn.Module) -> None:
     """Give every process the first one's buffers: running statistics are each process's own."""
     if world_size() > 1:

@@ -263,12 +263,16 @@ def test_two_processes_give_what_one_does(tmp_path):
     net = nn.Linear(6, 4)
     torch.nn.init.eye_(net.weight)
     layers = dim.by_layer(net, data.split(50), [""], k=(5, 10))
-    for rank in in_processes(dimension_run, tmp_path):
+    ranks = in_processes(dimension_run, tmp_path)
+    assert ranks[0]["few"] == ranks[1]["few"]
+    for rank in ranks:
         assert rank["estimate"] == pytest.approx(one.value, rel=1e-12)
         assert rank["se"] == pytest.approx(one.se, rel=1e-12)
         assert rank["metric"] == pytest.approx(dim.estimate(data, k=(5, 10)).value, rel=1e-12)
         assert rank["layer"] == pytest.approx(layers[""].value, rel=1e-6)  # batches of another size round differently
-        assert "processes hold different rows" in rank["refused"]
+        assert rank["alone"] == pytest.approx(dim.estimate(data, k=(5, 10)).value, rel=1e-12)
+        assert [text.split(" or ")[0] for text in rank["refused"]] == ["the processes hold different rows"] * 2
+        assert rank["few"][0] == 100
 
 
 def test_sets_are_ranked_at_equal_size_only():

@@ -99,8 +99,9 @@ def test_memory_maps_are_read_in_place(tmp_path):
     assert torch.equal(dim.knn(mapped, 4)[0], dim.knn(torch.from_numpy(values), 4)[0])
 
 
-def test_maps_of_bytes_with_copies_never_lie_in_memory_as_a_whole(tmp_path, monkeypatch):
-    values = np.random.default_rng(0).integers(0, 256, size=(300, 20), dtype=np.uint8)
+@pytest.mark.parametrize(("kind", "taken"), [(np.uint8, "float32"), (np.uint16, "float64")])
+def test_maps_of_whole_numbers_with_copies_never_lie_in_memory_as_a_whole(tmp_path, monkeypatch, kind, taken):
+    values = np.random.default_rng(0).integers(0, 256, size=(300, 20), dtype=kind)
     values[[40, 299]] = values[3]
     np.save(tmp_path / "rows.npy", values)
     whole, spooled, real = rows_module.as_rows(values), [], rows_module._spooled
@@ -111,13 +112,13 @@ def test_maps_of_bytes_with_copies_never_lie_in_memory_as_a_whole(tmp_path, monk
         return found
 
     monkeypatch.setattr(rows_module, "_spooled", spy)
-    monkeypatch.setattr(rows_module, "_BLOCK", 64)
+    monkeypatch.setattr(rows_module, "BLOCK", 64)
     mapped = rows_module.as_rows(np.load(tmp_path / "rows.npy", mmap_mode="r"))
     assert spooled == [300, 298]  # as numbers, and without the copies: both to a file
     assert torch.equal(mapped.values, whole.values)
     assert torch.equal(mapped.leader, whole.leader)
-    assert (mapped.num_duplicates, mapped.notes) == (2, ("uint8 values taken as float32",))
-    streamed = rows_module.as_rows(torch.from_numpy(values).split(50))
+    assert (mapped.num_duplicates, mapped.notes) == (2, (f"{np.dtype(kind).name} values taken as {taken}",))
+    streamed = rows_module.as_rows(iter(np.array_split(values, 6)))
     assert torch.equal(streamed.values, whole.values)
 
 

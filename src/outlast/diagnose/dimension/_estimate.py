@@ -29,7 +29,7 @@ from outlast.diagnose.dimension._likelihood import (
     value_and_error,
 )
 from outlast.diagnose.dimension._results import ComparisonResult, DimensionResult, Estimate, LocalPCAResult, ScaleCurve
-from outlast.diagnose.dimension._rows import Duplicates, Rows, as_rows
+from outlast.diagnose.dimension._rows import BLOCK, Duplicates, Rows, as_rows
 from outlast.errors import OutlastWarning
 
 Anchors = int | Sequence[int] | Tensor | None
@@ -464,7 +464,7 @@ def by_layer(
     """
     _checks.choice("pool", pool, ("flatten", "mean"))
     features = layer_features(model, loader, layers, pool=pool, max_rows=max_rows)
-    return {name: estimate(_distributed.gather_rows(rows), **settings) for name, rows in features.items()}
+    return {name: estimate(torch.cat(_distributed.gather(rows.cpu())).to(rows.device), **settings) for name, rows in features.items()}
 
 
 def compare(sets: Mapping[str, Any], *, match_n: bool = True, seed: int = 0, **settings: Any) -> ComparisonResult:
@@ -560,8 +560,10 @@ def _distances(values: Tensor, k: int, chosen: Tensor | None) -> Tensor:
     world = _distributed.world_size()
     if world == 1:
         return nearest(values, k, rows=chosen)[0]
-    known = _distributed.gather((tuple(values.shape), k, None if chosen is None else len(chosen), values[[0, -1]].double().sum(1).tolist()))
-    if any(each != known[0] for each in known):
+    sums = torch.cat([part.sum(1, dtype=torch.float64) for part in values.split(BLOCK)]).cpu()
+    near = 1e-5 * float(sums.abs().max())  # features that each process computed may differ in the last digits
+    known = _distributed.gather((tuple(values.shape), k, None if chosen is None else chosen.tolist(), sums))
+    if any(each[:3] != known[0][:3] or not torch.allclose(each[3], known[0][3], rtol=0.0, atol=near) for each in known):
         raise ValueError(
             "the processes hold different rows or ask for different things: give all of them the same data, or stream each one's own part "
             "into dimension.Metric"

@@ -22,7 +22,7 @@ from outlast.errors import DamagedFileError, MissingDataError, OutlastWarning
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 Duplicates = Literal["drop", "error", "keep"]
-_BLOCK = 8192
+BLOCK = 8192
 
 
 @dataclass
@@ -59,15 +59,18 @@ def as_rows(data: Any, *, duplicates: Duplicates = "drop", device: torch.device 
     """
     if duplicates not in ("drop", "error", "keep"):
         raise ValueError(f"duplicates must be 'drop', 'error' or 'keep', got {duplicates!r}")
-    values = _matrix(data)
-    notes: list[str] = []
+    # What lies in a file may be larger than the memory: other numbers of it, and it without its copies, go into another file.
     mapped = (isinstance(data, np.memmap) or not isinstance(data, Tensor | np.ndarray | list | tuple)) and device is None
+    notes: list[str] = []
+    if isinstance(data, np.memmap) and data.ndim and data.dtype not in (np.float32, np.float64):
+        values = _spooled(np.asarray(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK))
+        notes.append(f"{data.dtype.name} values taken as {str(values.dtype).removeprefix('torch.')}")
+    else:
+        values = _matrix(data)
     if device is not None:
         values = values.to(device)
     if values.dtype not in (torch.float32, torch.float64):
-        given = values.dtype
-        # A map is larger than the memory may be: its numbers go into another one, part by part.
-        values = _spooled(values.split(_BLOCK)) if mapped else values.to(_real_type(values.dtype))
+        given, values = values.dtype, values.to(_real_type(values.dtype))
         notes.append(f"{str(given).removeprefix('torch.')} values taken as {str(values.dtype).removeprefix('torch.')}")
     _check_finite(values)
     leader = _leaders(values)
@@ -83,7 +86,7 @@ def as_rows(data: Any, *, duplicates: Duplicates = "drop", device: torch.device 
         raise ValueError(f"{same} ({len(values)} rows, {copies} exact copies); this needs at least {least} distinct rows")
     if copies and duplicates == "drop":
         leader = (first.cumsum(0) - 1)[leader]
-        parts = zip(values.split(_BLOCK), first.split(_BLOCK), strict=True)
+        parts = zip(values.split(BLOCK), first.split(BLOCK), strict=True)
         values = _spooled(part[own] for part, own in parts if own.any()) if mapped else values[first]
     else:
         leader = everyone
@@ -215,8 +218,8 @@ def _parts(data: Any) -> Iterator[Tensor]:
 
 
 def _check_finite(values: Tensor) -> None:
-    for start in range(0, len(values), _BLOCK):
-        bad = ~torch.isfinite(values[start : start + _BLOCK]).all(1)
+    for start in range(0, len(values), BLOCK):
+        bad = ~torch.isfinite(values[start : start + BLOCK]).all(1)
         if bool(bad.any()):
             raise ValueError(f"data holds NaN or infinity, first at row {start + int(bad.nonzero()[0])}")
 
@@ -248,7 +251,7 @@ def _leaders(values: Tensor) -> Tensor:
 
 
 def _is_binary(values: Tensor) -> bool:
-    head = values[:_BLOCK]
+    head = values[:BLOCK]
     low, high = head.min(), head.max()
     return bool(low < high) and bool(((head == low) | (head == high)).all())
 

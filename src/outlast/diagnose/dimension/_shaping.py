@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outlast._core import _checks
-from outlast._core._distributed import gather_rows
-from outlast._core._random import generator
+from outlast._core._distributed import gather, world_size
+from outlast._core._random import derived_seed, generator
 from outlast._core._typing import Float
 from outlast.diagnose.dimension._estimate import estimate
 from outlast.diagnose.dimension._results import DimensionResult
@@ -121,14 +122,28 @@ class Metric:
                 self._rows[place] = row
 
     def compute(self) -> DimensionResult:
-        """The estimate on the rows kept; under ``torch.distributed``, on those of all processes, which must all call this.
+        """The estimate on the rows kept; under ``torch.distributed``, on a sample of the rows of all processes, which must all call this.
 
         Raises:
             ValueError: no rows yet, or too few.
         """
-        if self._rows is None:
+        rows = self._rows if world_size() == 1 else self._of_all()
+        if rows is None:
             raise ValueError("no features yet: call update() first")
-        return estimate(gather_rows(self._rows), seed=self.seed, **self._settings)
+        return estimate(rows, seed=self.seed, **self._settings)
+
+    def _of_all(self) -> Tensor | None:
+        """A uniform sample of ``max_samples`` rows of all that came anywhere: each process's sample in proportion to what it saw."""
+        found = gather((self._seen, None if self._rows is None else self._rows.cpu()))
+        parts = [(seen, rows) for seen, rows in found if rows is not None]
+        if not parts:
+            return None
+        seen = [count for count, _ in parts]
+        draws = np.random.default_rng(derived_seed(self.seed, "dimension.metric.processes"))
+        shares = draws.multivariate_hypergeometric(seen, self.max_samples) if sum(seen) > self.max_samples else seen
+        chosen = [rows[draws.permutation(len(rows))[:share]] for share, (_, rows) in zip(shares, parts, strict=True)]
+        whole = torch.cat(chosen)
+        return whole if self._rows is None else whole.to(self._rows.device)
 
 
 def synthetic_images(d: int, n: int, size: Sequence[int] = (3, 32, 32), seed: int = 0) -> Float[Tensor, "n ..."]:

@@ -85,25 +85,24 @@ def _without_memory(model: nn.Module) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)
-    except Exception:  # sharded modules refuse to be copied
-        return _unsharded(model, {}) if torch.distributed.is_available() else model
+    except Exception:  # sharded modules refuse to be copied, and what users make may
+        sharded = torch.distributed.is_available() and any(is_sharded(tensor) for tensor in model.parameters())
+        return _unsharded(model, {}) if sharded else model
 
 
 def _unsharded(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The modules without FSDP2's hooks, which gather what they hold, with the same tensors."""
-    from torch.distributed.fsdp import FSDPModule
-
+    """The modules without the hooks of FSDP2, which gather what they hold, with the same tensors."""
     if module in known:
         return known[module]
     kind: Any = type(module)
-    if issubclass(kind, FSDPModule):
-        kind = kind.__mro__[2]  # fully_shard put a class of its own and FSDPModule in front of the user's
+    kind = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 0)]  # fully_shard puts classes of its own in front of the user's
     found = known[module] = kind.__new__(kind)
     found.__dict__ = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in module.__dict__.items()}
     for name, child in module._modules.items():
         found._modules[name] = None if child is None else _unsharded(child, known)
     for hooks in (found._forward_pre_hooks, found._forward_hooks):
-        for number in [number for number, hook in hooks.items() if type(getattr(hook, "__self__", None)).__name__ == "FSDPState"]:
+        theirs = [number for number, hook in hooks.items() if str(getattr(hook, "__module__", "")).startswith("torch.distributed.")]
+        for number in theirs:
             del hooks[number]
     return found
 
