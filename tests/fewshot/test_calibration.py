@@ -124,7 +124,17 @@ def test_statistics_that_overflow_are_refused(tmp_path):
     rows, names = 1e6 * torch.rand(10, 3, generator=rng()), [7] * 5 + [8] * 5
     with pytest.raises(ValueError, match=r"base class 7 hold NaN or infinity in torch\.float16"):
         BaseStatistics.from_features(rows, names, dtype=torch.float16)
+    grown = BaseStatistics.from_features(rows / 1e6, names, dtype=torch.float16)
+    kept = (list(grown.labels), grown.counts.clone(), grown.means.clone())
     large = BaseStatistics.from_features(rows, names)
+    for take in (lambda: grown.partial_fit(torch.cat([rows[:5] / 1e6, rows[5:]]), names), lambda: grown.merge(large)):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            take()
+        assert grown.labels == kept[0]  # nothing of it was taken in
+        assert torch.equal(grown.counts, kept[1])
+        assert torch.equal(grown.means, kept[2])
+    with pytest.raises(ValueError, match="base class 7"):
+        large.to(dtype=torch.float16)
     large.means[0, 0] = math.nan
     large.save(tmp_path / "large.npz")
     with pytest.raises(ValueError, match="base class 7"):

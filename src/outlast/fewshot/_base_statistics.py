@@ -165,9 +165,10 @@ class BaseStatistics:
         if rows.shape[1] != self.dim:
             raise ValueError(f"features have width {rows.shape[1]}, the statistics {self.dim}")
         members = _members(labels, len(rows))
+        draft = self.__copy__()
         for name in _sorted(list(members)):
-            self._add(name, rows[members[name]])
-        return self
+            draft._add(name, rows[members[name]])
+        return self._become(draft)
 
     def merge(self, other: BaseStatistics) -> BaseStatistics:
         """Take in another shard's statistics, as if all features had been seen here.
@@ -179,8 +180,15 @@ class BaseStatistics:
             raise ValueError(
                 f"cannot merge statistics of width {other.dim}, tukey={other.tukey:g} into width {self.dim}, tukey={self.tukey:g}"
             )
+        draft = self.__copy__()
         for number, name in enumerate(other.labels):
-            self._join(name, int(other.counts[number]), other.means[number], other.factors[number])
+            draft._join(name, int(other.counts[number]), other.means[number], other.factors[number])
+        return self._become(draft)
+
+    def _become(self, draft: BaseStatistics) -> BaseStatistics:
+        """Take in all or nothing: what is refused half-way was added to the draft only."""
+        self.labels, self.counts, self.means, self.factors = draft.labels, draft.counts, draft.means, draft.factors
+        self._borrowed = draft._borrowed
         return self
 
     def _add(self, name: Any, rows: Tensor) -> None:
@@ -237,12 +245,18 @@ class BaseStatistics:
         return found
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BaseStatistics:
-        """A copy elsewhere or in another precision."""
+        """A copy elsewhere or in another precision.
+
+        Raises:
+            ValueError: statistics that overflow in it.
+        """
         found = self.of(range(len(self)))
         found.device = torch.device(device) if device is not None else self.device
         found.dtype = dtype or self.dtype
         found.means = self.means.to(found.device, found.dtype, copy=True)
         found.factors = [factor.to(found.device, found.dtype) for factor in self.factors]
+        for number in range(len(found)):
+            found._check_finite(number)
         return found
 
     def save(self, path: str | Path) -> None:
