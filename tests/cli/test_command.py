@@ -269,6 +269,21 @@ def test_report_shows_two_runs_that_share_a_folder(tmp_path, inside, monkeypatch
     assert opened == [(tmp_path / "report.html").as_uri()]
 
 
+def test_report_leaves_out_a_plan_that_does_not_fit_any_more(tmp_path, inside):
+    words = ["run", "toy_study:STUDY", "--accelerator", "cpu", "--quiet", "--out", tmp_path]
+    assert inside(*words).returncode == 0
+    path = tmp_path / "toy" / "quick" / "run.json"
+    content = json.loads(path.read_text())
+    good = content["plans"][0]
+    content["plans"] = [{**good, "parts": ["renamed"]}, good, {**good, "overrides": {"gone": "1"}}]
+    path.write_text(json.dumps(content))
+    done = inside("report", tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.count("left out of the report: outlast run") == 2
+    assert "'renamed'" in done.stderr
+    assert (tmp_path / "report.html").read_text().count("outlast run toy_study:STUDY") == 1
+
+
 def test_report_leaves_out_a_damaged_manifest(tmp_path, inside):
     inside("run", "toy_study:STUDY", "--accelerator", "cpu", "--out", tmp_path, "--quiet")
     (tmp_path / "toy" / "standard").mkdir()
@@ -298,6 +313,16 @@ def test_what_a_user_s_module_raises_is_one_line(tmp_path, monkeypatch, refused)
     code, told = refused("run", "broken_claim:STUDY", "--accelerator", "cpu", "--quiet", "--out", tmp_path / "runs")
     assert code == 1
     assert "KeyError: 'nothing'" in told
+
+
+def test_the_traceback_of_a_defect_is_shown_on_request_by_commands_that_list(inside, monkeypatch):
+    monkeypatch.setattr("outlast.data.data_folder", lambda: 1 / 0)
+    done = inside("data")
+    assert (done.returncode, done.stderr) == (1, "outlast: ZeroDivisionError: division by zero (--traceback shows where)\n")
+    done = inside("data", "--traceback")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("outlast: ZeroDivisionError: division by zero\n")
+    assert inside("studies", "--traceback").returncode == 0
 
 
 def test_a_terminal_shows_the_time_left_and_goes_on_after_a_failure():

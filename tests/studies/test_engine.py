@@ -42,6 +42,10 @@ def run_toy(folder, the_plan=None, workers=1):
     return run(toy_study.STUDY, the_plan or plan(), folder, QuietProgress(), workers=workers)
 
 
+class Finer(toy_study.Toy):
+    extra: float = 1.0
+
+
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     path = tmp_path / "log"
@@ -214,6 +218,10 @@ def test_a_part_is_shown_once_with_the_most_seeds():
     assert without_repeats(study, [more, plan(seeds=5)]) == [plan(seeds=5)]
     assert without_repeats(study, [plan(seeds=5), more]) == [replace(plan(seeds=5), parts=("adding",)), more]
     assert without_repeats(study, [both]) == [both]
+    finer = replace(study.parts[1], settings_type=Finer)  # --set extra= is of this part alone
+    study = replace(study, parts=(study.parts[0], finer))
+    plain, own = plan(), plan(extra="2.0")
+    assert without_repeats(study, [plain, own]) == [replace(plain, parts=("speed",)), own]
 
 
 def test_parts_without_the_scale_are_named(tmp_path):

@@ -135,7 +135,7 @@ def _gpu_at_hand() -> bool:
 
 
 @app.command
-def studies() -> int:
+def studies(*, traceback: Traceback = False) -> int:
     """List what can be run: question, paper, parts, data and time at each scale."""
     from outlast.studies import get, names
 
@@ -222,7 +222,7 @@ def report(
     from outlast.errors import DamagedFileError, MissingDataError
     from outlast.report import write_report
     from outlast.studies import get
-    from outlast.studies._grid import without_repeats
+    from outlast.studies._grid import cells, without_repeats
     from outlast.studies._run import collect
     from outlast.studies._store import read_plans
     from outlast.studies._summary import summarise
@@ -230,15 +230,23 @@ def report(
     progress = QuietProgress()
     summaries: list[Summary] = []
     for manifest in sorted(folder.glob("**/run.json")):
+        root = manifest.parents[2]
+        fitting: dict[str, list[Plan]] = {}
         try:
             plans = read_plans(manifest.parent)
-            root = manifest.parents[2]
-            for name in dict.fromkeys(plan.study for plan in plans):
-                study = get(name)
-                own = without_repeats(study, [plan for plan in plans if plan.study == name])
-                summaries += [summarise(collect(study, plan, root, progress.note), _command(plan, root)) for plan in own]
-        except (DamagedFileError, ValueError) as error:
+        except DamagedFileError as error:
             progress.note(f"left out of the report: {error}")
+            continue
+        for plan in plans:
+            try:
+                cells(get(plan.study), plan)  # a study may have changed since
+                fitting.setdefault(plan.study, []).append(plan)
+            except ValueError as error:
+                progress.note(f"left out of the report: {_command(plan, root)}: {error}")
+        for name, own in fitting.items():
+            study = get(name)
+            kept = without_repeats(study, own)
+            summaries += [summarise(collect(study, plan, root, progress.note), _command(plan, root)) for plan in kept]
     if not summaries:
         raise MissingDataError(f"no results in {folder}; make some with: outlast run sam --out {folder}")
     page = output or folder / "report.html"
@@ -250,7 +258,7 @@ def report(
 
 
 @data_app.default
-def list_data() -> int:
+def list_data(*, traceback: Traceback = False) -> int:
     """List the data sets: what is embedded, what lies in OUTLAST_DATA, and how to get the rest."""
     from outlast.data import DATASETS, TEXTS, WEIGHTS, data_folder, find, find_catalogues, find_encoder, find_text, find_weights
     from outlast.errors import MissingDataError
@@ -408,7 +416,7 @@ def run_command(words: Sequence[str]) -> int:
     except Exception as error:  # of a user's own study, or a defect of ours
         if show:
             traceback.print_exc()
-        return _fail(f"{type(error).__name__}: {error} (--traceback shows where)", FAILURE)
+        return _fail(f"{type(error).__name__}: {error}{'' if show else ' (--traceback shows where)'}", FAILURE)
     return code if isinstance(code, int) else OK
 
 

@@ -99,24 +99,29 @@ def chosen_parts(study: Study, scale: ScaleName, names: Sequence[str]) -> list[P
 
 
 def without_repeats(study: Study, plans: Sequence[Plan]) -> list[Plan]:
-    """The plans of one folder, each with the parts that no other plan of equal settings has with more seeds (or as many, and later).
+    """The plans of one folder, each with the parts that no other plan has with the same settings and more seeds (or as many, and later).
 
     Raises:
         ValueError: an unknown part.
     """
-    parts = [{part.name for part in chosen_parts(study, plan.scale, plan.parts)} for plan in plans]
+    best: dict[str, tuple[int, int]] = {}  # of each part with its settings: seeds and place of the plan that shows it
+    for place, plan in enumerate(plans):
+        for part in chosen_parts(study, plan.scale, plan.parts):
+            key = _identity(part, plan)
+            best[key] = max(best.get(key, (0, 0)), (plan.seeds, place))
     found: list[Plan] = []
-    for number, plan in enumerate(plans):
-        better = {
-            name
-            for place, other in enumerate(plans)
-            if (other.overrides, other.launch) == (plan.overrides, plan.launch) and (other.seeds, place) > (plan.seeds, number)
-            for name in parts[place]
-        }
-        own = [part.name for part in study.parts if part.name in parts[number] - better]
+    for place, plan in enumerate(plans):
+        parts = chosen_parts(study, plan.scale, plan.parts)
+        own = [part.name for part in parts if best[_identity(part, plan)][1] == place]
         if own:
-            found.append(plan if len(own) == len(parts[number]) else replace(plan, parts=tuple(own)))
+            found.append(plan if len(own) == len(parts) else replace(plan, parts=tuple(own)))
     return found
+
+
+def _identity(part: Part, plan: Plan) -> str:
+    """What tells a part's cells from those of another plan, seeds aside: overrides count where the part has such a setting."""
+    own = {name: value for name, value in plan.overrides.items() if name in part.settings_type.model_fields}
+    return canonical([part.name, plan.scale, own, asdict(plan.launch)])
 
 
 def cells(study: Study, plan: Plan) -> list[Cell]:
