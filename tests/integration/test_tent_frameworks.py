@@ -192,6 +192,29 @@ def test_pretrained_network_has_its_published_error_and_norms():
     assert error(Norm(_resnet20())) == pytest.approx(11.76, abs=0.3)
 
 
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("OUTLAST_DATA"), reason="OUTLAST_DATA is not set: no CIFAR-10")
+def test_pixelate_is_a_box_filter_and_not_an_area_average():
+    """The harm depends on the filter: ours is the generator's (as a test against corrupt-tta shows), the other gives 66.2 %."""
+    from outlast.data import load
+    from outlast.data.corruptions import corrupt
+    from outlast.studies.tent import _imagenet_normalised, _resnet20
+
+    test = load("cifar10", "test")
+    images = test.images.float() / 255
+    network = _resnet20().eval()
+
+    def error(x):
+        with torch.no_grad():
+            wrong = [network(_imagenet_normalised(a)).argmax(1) != b for a, b in zip(x.split(200), test.labels.split(200), strict=True)]
+        return 100.0 * float(torch.cat(wrong).float().mean())
+
+    small = torch.nn.functional.interpolate(images, size=(20, 20), mode="area")
+    assert error(torch.nn.functional.interpolate(small, size=(32, 32), mode="nearest")) == pytest.approx(66.22, abs=0.1)
+    assert error(corrupt(images, "pixelate", 5)) == pytest.approx(60.78, abs=0.1)
+
+
 def test_sharded_model_adapts_as_one_process(tmp_path):
     halves = helpers.in_processes(helpers.tent_sharded_run, tmp_path)
     alone = helpers.tent_sharded_run(0, 1)

@@ -187,7 +187,6 @@ def _learn(
     tasks: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
     heads: int | None = None,
 ) -> Outcome:
-
     import torch
     import torch.nn.functional as F
 
